@@ -1,0 +1,129 @@
+"""Who deserves the credit: advantages and value targets from token rewards.
+
+Every function here is `(reward, value, mask, prompt_id, *, hyperparameters) -> (advantage, target)`
+with `[b, t]` arrays, float32, 0 outside the mask; a config passes one, e.g.
+`partial(whitened, advantage=partial(gae, trace=0.95))`. `value` is 0 everywhere when there is no
+critic; `prompt_id` names the group a row belongs to and only the group-relative ones need it.
+`target` is what a critic should predict, always before whitening.
+
+A hole in the mask (a tool's answer, a forced token) is stepped over: no time passes there, and the
+advantage and value of the next chosen token reach the one before the hole unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax import masked
+
+
+def gae(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    discount: float = 1.0,
+    trace: float = 0.95,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = δ + γλA′, δ = r + γV′ − V; target = A + V (Schulman et al. 2016, eq. 11, 12, 16).
+
+    V′ and A′ belong to the row's next masked token, both 0 after its last: a cut-off text ends.
+    """
+    del prompt_id
+    reward, value = masked.select(reward, mask), masked.select(value, mask)
+
+    def step(later, now):
+        next_advantage, next_value = later
+        r, v, here = now
+        delta = r + discount * next_value - v
+        advantage = jnp.where(here, delta + discount * trace * next_advantage, next_advantage)
+        return (advantage, jnp.where(here, v, next_value)), advantage
+
+    zero = jnp.zeros(reward.shape[0], reward.dtype)
+    _, advantage = jax.lax.scan(step, (zero, zero), (reward.T, value.T, mask.T), reverse=True)
+    advantage = masked.select(advantage.T, mask)
+    return advantage, advantage + value
+
+
+def reward_to_go(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    discount: float = 1.0,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = G − V, G = r + γG′; target = G: Monte Carlo, which is GAE at trace 1."""
+    return gae(reward, value, mask, prompt_id, discount=discount, trace=1.0)
+
+
+def group_relative(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"],
+    *,
+    epsilon: float = 1e-4,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = (R − mean) / (std + ε) of the prompt's samples, on every token (GRPO: Shao et al. 2024).
+
+    R is the row's summed reward; the deviation is the biased one. A prompt whose samples all earn
+    the same teaches nothing: exactly 0. The critic's value plays no part; target = reward to go.
+    """
+    advance, same, size = _against_group(reward, mask, prompt_id)
+    centred = advance / size
+    spread = jnp.sqrt(jnp.sum(jnp.where(same, centred[None, :] ** 2, 0.0), axis=1) / size)
+    return _on_every_token(centred / (spread + epsilon), reward, mask)
+
+
+def leave_one_out(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"],
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = R − mean of the prompt's other samples, on every token (RLOO: Ahmadian et al. 2024).
+
+    R is the row's summed reward. A sample without siblings has no baseline and gets 0. The critic's
+    value plays no part; target = reward to go.
+    """
+    advance, _, size = _against_group(reward, mask, prompt_id)
+    return _on_every_token(advance / jnp.maximum(size - 1, 1), reward, mask)
+
+
+def whitened(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    advantage: Callable,
+    shift_mean: bool = True,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Another function's advantages with mean 0 and variance 1 over the batch; its own targets."""
+    raw, target = advantage(reward=reward, value=value, mask=mask, prompt_id=prompt_id)
+    return masked.whiten(raw, mask, shift_mean=shift_mean), target
+
+
+def _against_group(reward, mask, prompt_id):
+    """Σ_j (R_i − R_j) over the rows j of the same prompt [b], who they are [b, b], how many [b].
+
+    Rows may stand in any order; a row without tokens belongs to no group. Differences, not a mean
+    to subtract: rounding would otherwise turn equal rewards into noise that ÷ std makes large.
+    Select and sum, not a matrix product, which accelerators would do in bfloat16.
+    """
+    total, present = masked.sum(reward, mask, axis=1), mask.any(axis=1)
+    same = prompt_id[:, None] == prompt_id[None, :]
+    same = same & present[:, None] & present[None, :]
+    advance = jnp.sum(jnp.where(same, total[:, None] - total[None, :], 0.0), axis=1)
+    return advance, same, jnp.maximum(jnp.sum(same, axis=1), 1).astype(total.dtype)
+
+
+def _on_every_token(advantage, reward, mask):
+    _, target = reward_to_go(reward, jnp.zeros_like(reward), mask)
+    return masked.select(jnp.broadcast_to(advantage[:, None], mask.shape), mask), target

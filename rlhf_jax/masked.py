@@ -1,0 +1,81 @@
+"""Sums and means under a mask: select first, then sum, because 0 · nan is nan.
+
+Everything comes back in float32 (or wider) and is exactly 0 outside the mask, in value and in
+gradient. A statistic over nothing is 0.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Axis = int | tuple[int, ...] | None
+
+
+def select(x: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """`x` in float32 where `mask`, 0 elsewhere; what `x` holds elsewhere, nan included, is lost."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(mask, x, 0.0)
+
+
+def sum(
+    x: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None
+) -> Float[Array, "..."]:
+    """Σ x over the mask."""
+    return jnp.sum(select(x, mask), axis)
+
+
+def mean(
+    x: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None
+) -> Float[Array, "..."]:
+    """Σ x / Σ 1 over the mask."""
+    return sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis), 1)
+
+
+def var(
+    x: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None
+) -> Float[Array, "..."]:
+    """Σ (x − mean)² / Σ 1 over the mask (biased)."""
+    if axis is None:
+        centred = select(x, mask) - mean(x, mask)
+    else:
+        count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
+        centred = select(x, mask) - jnp.sum(select(x, mask), axis, keepdims=True) / count
+    return mean(centred * centred, mask, axis)
+
+
+def whiten(
+    x: Shaped[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool = True
+) -> Float[Array, "..."]:
+    """(x − mean) / √(var + 1e-8) over the mask, with the biased variance.
+
+    With `shift_mean=False` the mean is added back, so that only the spread changes.
+    """
+    centre = mean(x, mask)
+    white = (select(x, mask) - centre) * jax.lax.rsqrt(var(x, mask) + 1e-8)
+    return jnp.where(mask, white if shift_mean else white + centre, 0.0)
+
+
+def last_index(mask: Bool[Array, "*n t"]) -> Int[Array, "*n"]:
+    """Index of each row's last masked token; 0, which is never masked, for a row without one."""
+    return jnp.max(jnp.where(mask, _index(mask), 0), axis=-1)
+
+
+def is_last(mask: Bool[Array, "*n t"]) -> Bool[Array, "*n t"]:
+    """True at each row's last masked token and nowhere else."""
+    return mask & (_index(mask) == last_index(mask)[..., None])
+
+
+def last(x: Shaped[Array, "*n t"], mask: Bool[Array, "*n t"]) -> Float[Array, "*n"]:
+    """`x` at each row's last masked token; 0 for a row without one."""
+    return sum(x, is_last(mask), axis=-1)
+
+
+def at_last(score: Shaped[Array, "*n"], mask: Bool[Array, "*n t"]) -> Float[Array, "*n t"]:
+    """`score` on each row's last masked token, 0 elsewhere: where a sequence reward lands."""
+    return select(jnp.broadcast_to(score[..., None], mask.shape), is_last(mask))
+
+
+def _index(mask: Bool[Array, "*n t"]) -> Int[Array, "*n t"]:
+    return jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)

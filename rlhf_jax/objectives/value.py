@@ -1,0 +1,36 @@
+"""The critic's regression on returns."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlhf_jax import masked
+from rlhf_jax.types import Experience, Scores, Terms
+
+
+def value(
+    scores: Scores, batch: Experience, *, clip: float | None = 0.2, coefficient: float = 1.0
+) -> Terms:
+    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) per token (Ziegler et al. 2019's code).
+
+    `clip=None` leaves ½ (V − R)². The metrics' means give the explained variance:
+    1 − squared_error / (squared_target − target²).
+    """
+    if scores.value is None:
+        raise ValueError("value needs scores.value: give this learner's model a value head")
+    now, old, target = (
+        masked.select(x, batch.mask) for x in (scores.value, batch.value, batch.target)
+    )
+    square = (now - target) ** 2
+    worst = square
+    if clip is not None:
+        worst = jnp.maximum(square, (old + jnp.clip(now - old, -clip, clip) - target) ** 2)
+    metrics = {
+        "value": now,
+        "target": target,
+        "squared_target": target**2,
+        "squared_error": square,
+        "clip_fraction": (worst > square).astype(jnp.float32),
+    }
+    weight = batch.mask.astype(jnp.float32)
+    return Terms(0.5 * worst, weight=weight, scale=coefficient, metrics=metrics)
