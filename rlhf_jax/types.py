@@ -120,11 +120,18 @@ class LearnerState:
 
 
 @struct.dataclass
+class Control:
+    """The numbers that a run adapts beside its weights."""
+
+    kl_coefficient: Float[Array, ""]
+    reward_mean: Float[Array, ""]  # of a sequence's reward on reference samples
+    reward_std: Float[Array, ""]
+
+
+@struct.dataclass
 class TrainState:
     """Everything that training changes. With the data position it is the whole of a resume."""
 
     step: Int[Array, ""]
     learners: dict[str, LearnerState]
-    kl_coefficient: Float[Array, ""]
-    reward_mean: Float[Array, ""]  # of a sequence's reward on reference samples
-    reward_std: Float[Array, ""]
+    control: Control

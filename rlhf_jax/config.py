@@ -1,0 +1,261 @@
+"""An experiment is a Python value: frozen dataclasses holding numbers, functions and partials.
+
+A module with `def config()` returns a `Config` (one run) or a `Pipeline` (stages, each starting
+from an earlier one's weights). An ablation is `dataclasses.replace` over another's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from rlhf_jax.advantages import gae, whitened
+from rlhf_jax.optimizer import adam
+from rlhf_jax.rewards import KL
+from rlhf_jax.rollout import Sampling
+
+
+class ConfigError(ValueError):
+    """A mistake in an experiment or an override; the message says what is valid."""
+
+
+def always(step: int) -> bool:
+    """Learn at every step."""
+    return True
+
+
+def every(step: int, *, n: int, offset: int = 0) -> bool:
+    """Learn at every n-th step."""
+    return step % n == offset % n
+
+
+@dataclass(frozen=True)
+class From:
+    """Weights to start from: a learner of this run, of an earlier stage, or of a path.
+
+    Heads that the target has and the source lacks start fresh (a critic from a policy); every other
+    weight must be there with its shape.
+    """
+
+    learner: str = "policy"
+    stage: str | None = None  # an earlier stage of the pipeline
+    path: str | None = None  # a run's directory, or a .safetensors file
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A parameter tree with its objective and optimiser: what it learns from, whom it scores."""
+
+    model: Any
+    objective: Callable
+    batch: str = "experience"  # a stream of `Config.data`, or what the rollouts make
+    optimizer: Callable = partial(adam, learning_rate=1e-3)
+    vocab: Callable | None = None
+    scores: tuple[str, ...] = ()  # other models the objective compares with
+    epochs: int = 1
+    minibatches: int = 1  # optimiser steps per epoch
+    microbatches: int = 1  # parts of a minibatch that are in memory one after another
+    transform: Callable | None = None  # batch, key -> batch (conditioning, filtering)
+    when: Callable[[int], bool] = always
+    start: From | None = None  # None: fresh weights
+    chunk: int = 2048  # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Weights that never change: a reference, a teacher, a reward model."""
+
+    start: From
+    model: Any = None  # None: the model of the learner it copies
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """From prompts to experience."""
+
+    reward: Callable  # rollout, params -> [b, t]
+    length: int  # longest response, in tokens
+    prompts: str = "prompts"  # a stream of `Config.data`
+    samples: int = 1  # per prompt
+    sampling: Sampling = Sampling()
+    policy: str = "policy"
+    reference: str | None = "reference"  # None: no KL
+    value: str | None = "critic"  # who says V: a critic, the policy's own head, or nobody (0)
+    kl: KL = KL()
+    shaping: tuple[Callable, ...] = ()  # reward, rollout -> reward: length and EOS penalties
+    normalise: int = 0  # reference samples whose mean and variance become 0 and 1; 0: off
+    advantage: Callable = partial(whitened, advantage=partial(gae, trace=0.95))
+    microbatches: int = 1  # parts of the rollout that are scored one after another
+    show: int = 8  # samples written on fixed prompts at the start, every so often, and at the end
+    show_every: int = 50
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A learner's objective on data it does not learn from."""
+
+    learner: str
+    batch: str  # a stream of `Config.data`
+    batches: int = 8
+    every: int = 50  # and after the last step
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When to save and what to keep."""
+
+    every: int = 100  # steps; also after the last one and on SIGTERM
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str
+    steps: int
+    learners: Mapping[str, Learner]
+    data: Mapping[str, Callable]  # (seed, shard) -> grain IterDataset of batches
+    tokenizer: str = "bytes"  # a tokenizer.json, or "bytes"
+    seed: int = 0
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    rollouts: Rollouts | None = None
+    evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
+    mesh: tuple[int, int, int] = (-1, 1, 1)  # data, fsdp, tensor; -1: all devices that are left
+    checkpoint: Checkpointing = Checkpointing()
+    max_skipped: int = 5  # non-finite updates in a row after which the run stops
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The model of every learner and frozen tree, by name."""
+        found = {name: learner.model for name, learner in self.learners.items()}
+        for name, frozen in self.frozen.items():
+            model = frozen.model
+            found[name] = model if model is not None else self.learners[frozen.start.learner].model
+        return found
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order: runs, or functions of the pipeline's directory that write a result."""
+
+    name: str
+    stages: Mapping[str, Config | Callable]
+
+
+def batch_size(config: Config, stream: str) -> int | None:
+    """Rows that one batch of a stream has over all processes, if the stream says so."""
+    fn = config.data[stream]
+    return getattr(fn, "keywords", {}).get("batch")
+
+
+def rollout_rows(config: Config) -> int | None:
+    """Rows of one rollout: prompts times samples."""
+    prompts = batch_size(config, config.rollouts.prompts)
+    return None if prompts is None else prompts * config.rollouts.samples
+
+
+def check(config: Config, *, devices: int) -> None:
+    """Find mistakes before anything is compiled.
+
+    Raises:
+        ConfigError: saying what was wrong and what is valid.
+    """
+    if config.steps < 0:
+        raise ConfigError(f"steps={config.steps}: must be at least 0")
+    known = set(config.models)
+
+    def exists(name, valid, where):
+        if name not in valid:
+            raise ConfigError(f"{where}: there is no {name!r}; valid: {', '.join(sorted(valid))}")
+
+    streams = set(config.data) | ({"experience"} if config.rollouts is not None else set())
+    for name, learner in config.learners.items():
+        exists(learner.batch, streams, f"learners.{name}.batch")
+        for other in learner.scores:
+            exists(other, known, f"learners.{name}.scores")
+        for number in ("epochs", "minibatches", "microbatches", "chunk"):
+            if getattr(learner, number) < 1:
+                raise ConfigError(f"learners.{name}.{number}: must be at least 1")
+    for name, evaluation in config.evaluation.items():
+        exists(evaluation.learner, set(config.learners), f"evaluation.{name}.learner")
+        exists(evaluation.batch, set(config.data), f"evaluation.{name}.batch")
+    if config.rollouts is not None:
+        _check_rollouts(config, config.rollouts, exists)
+    _check_batches(config, devices)
+
+
+def _check_rollouts(config, spec, exists):
+    exists(spec.prompts, set(config.data), "rollouts.prompts")
+    exists(spec.policy, set(config.learners), "rollouts.policy")
+    for role in ("reference", "value"):
+        if getattr(spec, role) is not None:
+            exists(getattr(spec, role), set(config.models), f"rollouts.{role}")
+    if not config.models[spec.policy].lm_head:
+        raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
+    if spec.value is not None and not config.models[spec.value].value_head:
+        raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
+    if spec.length < 1 or spec.samples < 1:
+        raise ConfigError("rollouts.length and rollouts.samples must be at least 1")
+    if not spec.sampling.temperature > 0:
+        raise ConfigError(
+            f"rollouts.sampling.temperature={spec.sampling.temperature}: must be above 0; "
+            "for greedy decoding set top_k=1"
+        )
+    rows = rollout_rows(config)
+    if rows is not None and rows % spec.microbatches:
+        raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {rows} rows")
+
+
+def _check_batches(config, devices):
+    """Every minibatch must split evenly over micro-batches and over the devices that share rows."""
+    sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
+    sizes |= {name: batch_size(config, name) for name in config.data}
+    data, fsdp, tensor = config.mesh
+    others = [n for n in config.mesh if n != -1]
+    spread = 1
+    for n in others:
+        spread *= n
+    data, fsdp, _ = (n if n != -1 else max(1, devices // spread) for n in (data, fsdp, tensor))
+    for name, learner in config.learners.items():
+        size = sizes[learner.batch]
+        parts = learner.minibatches * learner.microbatches * data * fsdp
+        if size is not None and size % parts:
+            up = -(-size // parts) * parts
+            raise ConfigError(
+                f"learners.{name}: {size} rows of {learner.batch!r} do not divide into "
+                f"{learner.minibatches} minibatches × {learner.microbatches} micro-batches × "
+                f"{data * fsdp} devices; use a multiple of {parts}, such as {up}"
+            )
+
+
+def batch_plan(config: Config, *, devices: int) -> dict[str, Any]:
+    """What one step does, in numbers: rows, minibatches, optimiser steps, tokens, devices."""
+    plan: dict[str, Any] = {"devices": devices, "mesh (data, fsdp, tensor)": list(config.mesh)}
+    if config.rollouts is not None:
+        spec, rows = config.rollouts, rollout_rows(config)
+        plan["rollout"] = {
+            "prompts": batch_size(config, spec.prompts),
+            "samples per prompt": spec.samples,
+            "rows": rows,
+            "response tokens at most": None if rows is None else rows * spec.length,
+        }
+    for name, learner in config.learners.items():
+        if learner.batch == "experience":
+            rows = rollout_rows(config)
+        else:
+            rows = batch_size(config, learner.batch)
+        parts = learner.minibatches * learner.microbatches
+        plan[name] = {
+            "learns from": learner.batch,
+            "rows per step": rows,
+            "epochs": learner.epochs,
+            "minibatches": learner.minibatches,
+            "rows per minibatch": None if rows is None else rows // learner.minibatches,
+            "micro-batches": learner.microbatches,
+            "rows per micro-batch": None if rows is None else rows // parts,
+            "optimiser steps per step": learner.epochs * learner.minibatches,
+        }
+    return plan

@@ -1,0 +1,157 @@
+"""Experiments as files and as JSON: load one, override its numbers, describe it, compare two."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import Config, ConfigError, Pipeline
+
+
+def load(file: str | Path) -> Config | Pipeline:
+    """The value of `config()` in a Python file; it may import the files beside it.
+
+    Raises:
+        ConfigError: if there is no such file, no `config` in it, or it returns something else.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ConfigError(f"there is no experiment file {file}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # As for a script, the files beside it can be imported; and the module itself can be found by
+    # name, which lets worker processes unpickle the functions that it defines.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "config", None)):
+        raise ConfigError(f"{file} defines no function config() that returns a Config")
+    value = module.config()
+    if not isinstance(value, Config | Pipeline):
+        raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
+    return value
+
+
+def override(value: Any, settings: Sequence[str]) -> Any:
+    """A copy with `a.b.c=1` settings applied, through dataclasses, mappings and partials.
+
+    Raises:
+        ConfigError: for a name that is not there (the valid ones are listed), or a wrong type.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {setting}: write it as name.name=value")
+        value = _replaced(value, path.split("."), text, setting)
+    return value
+
+
+def _replaced(node: Any, names: list[str], text: str, setting: str) -> Any:
+    name, rest = names[0], names[1:]
+    children = _children(node)
+    if name not in children:
+        near = difflib.get_close_matches(name, children, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(children) if children else "nothing: it is a plain value"
+        raise ConfigError(f"--set {setting}: there is no {name!r} here.{hint} Valid: {listed}")
+    old = children[name]
+    new = _replaced(old, rest, text, setting) if rest else _parsed(old, text, setting)
+    try:
+        if isinstance(node, partial):
+            return partial(node.func, *node.args, **{**node.keywords, name: new})
+        if isinstance(node, Mapping):
+            return {**node, name: new}
+        if isinstance(node, tuple):
+            return (*node[: int(name)], new, *node[int(name) + 1 :])
+        return dataclasses.replace(node, **{name: new})
+    except ConfigError:
+        raise
+    except ValueError as error:  # a dataclass that refuses its own values
+        raise ConfigError(f"--set {setting}: {error}") from error
+
+
+def _children(node: Any) -> dict[str, Any]:
+    """What can be named below a value."""
+    if isinstance(node, partial):
+        keywords = {
+            name: parameter.default
+            for name, parameter in inspect.signature(node.func).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            and parameter.default is not inspect.Parameter.empty
+        }
+        return {**keywords, **node.keywords}
+    if isinstance(node, Mapping):
+        return dict(node)
+    if isinstance(node, tuple):
+        return {str(i): x for i, x in enumerate(node)}
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init}
+    return {}
+
+
+def _parsed(old: Any, text: str, setting: str) -> Any:
+    """The text as a value of the old one's kind."""
+    if callable(old) or dataclasses.is_dataclass(old) or isinstance(old, Mapping):
+        inner = ", ".join(_children(old)) or "nothing below it"
+        raise ConfigError(
+            f"--set {setting}: this is code, not a number; change it in the experiment's file, or "
+            f"name what is inside it ({inner})"
+        )
+    try:
+        new = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        new = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+        new = float(new)
+    if isinstance(old, tuple) and isinstance(new, list):
+        new = tuple(new)
+    if old is not None and new is not None and type(new) is not type(old):
+        raise ConfigError(
+            f"--set {setting}: {text!r} is {type(new).__name__}, valid is {type(old).__name__} "
+            f"(now {old!r})"
+        )
+    return new
+
+
+def describe(value: Any) -> Any:
+    """An experiment as JSON: dataclasses by field, functions by name, partials with arguments."""
+    if isinstance(value, partial):
+        return {"function": _name(value.func), **describe(value.keywords)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            "type": type(value).__name__,
+            **{f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        }
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [describe(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    return _name(value) if callable(value) else repr(value)
+
+
+def _name(fn: Any) -> str:
+    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', repr(fn))}"
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `a.b: 1 -> 2` for what differs between two descriptions."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            where = f"{path}.{key}" if path else str(key)
+            lines += difference(old.get(key, "(absent)"), new.get(key, "(absent)"), where)
+        return lines
+    return [] if old == new else [f"{path}: {old} -> {new}"]

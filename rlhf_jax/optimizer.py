@@ -1,0 +1,47 @@
+"""The optimiser as one function of numbers, so that an experiment can say and override it."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+
+def adam(
+    *,
+    learning_rate: float,
+    final: float = 1.0,
+    steps: int | None = None,
+    warmup: int = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay, a schedule and a clipped global gradient norm.
+
+    The rate rises linearly over `warmup` optimiser steps, then falls linearly to
+    `final * learning_rate` at optimiser step `steps` (None: stays). Decay acts on matrices only.
+    """
+    rate = optax.constant_schedule(learning_rate)
+    if steps is not None:
+        rate = optax.linear_schedule(learning_rate, final * learning_rate, max(1, steps - warmup))
+    if warmup:
+        rise = optax.linear_schedule(learning_rate / warmup, learning_rate, max(1, warmup - 1))
+        rate = optax.join_schedules([rise, rate], [warmup])
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=_matrices))
+    parts.append(optax.scale_by_learning_rate(rate))
+    return optax.chain(*parts)
+
+
+def _matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def sgd(*, learning_rate: float, clip: float | None = None) -> optax.GradientTransformation:
+    """Plain gradient descent: no normalisation, so a zero gradient moves nothing."""
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

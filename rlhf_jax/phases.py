@@ -1,0 +1,130 @@
+"""The phases of a run as jitted programs: `step.py` and `rollout.py` with shardings and donation.
+
+This is the only place that calls `jax.jit` for training, so a plan, a benchmark and a test compile
+exactly what the loop runs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from rlhf_jax import sharding, step
+from rlhf_jax.config import Config, Learner
+from rlhf_jax.rollout import generate
+from rlhf_jax.types import Control, LearnerState, Params, Prompts, Sequences, TrainState
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Compiled programs, by the name of what they do."""
+
+    init: Callable[[Array], TrainState]
+    generate: Callable | None  # params, prompts, key, sampling -> Rollout
+    reward: Callable | None  # rollout, params -> [b, t]
+    collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
+    update: Mapping[str, Callable]  # state, frozen, batch, key -> state, metrics
+    evaluate: Mapping[str, Callable]  # params, frozen, batch -> metrics
+    shardings: TrainState  # of what `init` makes
+    mesh: Mesh
+
+    def place(self, batch: Sequences | Prompts) -> Sequences | Prompts:
+        """This process's rows of a host batch, as arrays split over the mesh."""
+        rows = sharding.rows(self.mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+
+def phase_key(seed: int, step: int, phase: str) -> Array:
+    """The key of one phase of one step.
+
+    `fold_in`, not `split`: a resume needs only the step number, and a new phase moves no other's.
+    """
+    root = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(root, zlib.crc32(phase.encode()) & 0x7FFFFFFF)
+
+
+def init_learner(key: Array, *, learner: Learner) -> LearnerState:
+    """Fresh weights, empty moments, zero counters."""
+    params = learner.model.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return LearnerState(params, learner.optimizer().init(params), zero, zero, zero)
+
+
+def init(seed: int | Array, *, config: Config) -> TrainState:
+    """The state before the first step, without loaded weights; pure, so `vmap`-able over seeds."""
+    learners = {
+        name: init_learner(phase_key(seed, 0, f"init/{name}"), learner=learner)
+        for name, learner in config.learners.items()
+    }
+    kl = config.rollouts.kl.initial if config.rollouts is not None else 0.0
+    control = Control(jnp.float32(kl), jnp.float32(0.0), jnp.float32(1.0))
+    return TrainState(jnp.zeros((), jnp.int32), learners, control)
+
+
+def build(config: Config, mesh: Mesh) -> Phases:
+    """Everything a run compiles; nothing is traced before its first call.
+
+    Raises:
+        ValueError: if a parameter has no sharding rule or does not divide over the mesh.
+    """
+    make = partial(init, config=config)
+    parts = sharding.shardings(jax.eval_shape(make, config.seed), mesh)
+    rows, same = sharding.rows(mesh), sharding.replicated(mesh)
+    models, spec = config.models, config.rollouts
+
+    updates, evaluations = {}, {}
+    for name, learner in config.learners.items():
+        bound = {"learner": learner, "models": models}
+        updates[name] = jax.jit(
+            partial(step.update, **bound),
+            donate_argnums=0,
+            out_shardings=(parts.learners[name], same),
+        )
+        evaluations[name] = jax.jit(partial(step.evaluate, **bound), out_shardings=same)
+
+    sample = reward = collect = None
+    if spec is not None:
+        sample = jax.jit(
+            partial(_generate, model=models[spec.policy], length=spec.length), out_shardings=rows
+        )
+        reward = spec.reward
+        if not getattr(reward, "on_host", False):
+            reward = jax.jit(reward, out_shardings=rows)
+        collect = jax.jit(
+            partial(step.collect, spec=spec, models=models), out_shardings=(rows, same, same)
+        )
+    return Phases(
+        init=jax.jit(make, out_shardings=parts),
+        generate=sample,
+        reward=reward,
+        collect=collect,
+        update=updates,
+        evaluate=evaluations,
+        shardings=parts,
+        mesh=mesh,
+    )
+
+
+def _generate(params: Params, prompts: Prompts, key: Array, sampling, *, model, length):
+    return generate(params, prompts, key, model=model, length=length, sampling=sampling)
+
+
+def samples_of(prompts: Prompts, n: int) -> Prompts:
+    """Each prompt n times in a row, its samples numbered; on the host."""
+    repeated = jax.tree.map(lambda x: np.repeat(np.asarray(x), n, axis=0), prompts)
+    number = np.tile(np.arange(n, dtype=np.int32), len(np.asarray(prompts.length)))
+    return repeated.replace(sample_id=number)
+
+
+def weights_of(names: tuple[str, ...], state: TrainState, frozen: Mapping[str, Any]) -> dict:
+    """Current weights of learners and frozen trees, by name."""
+    return {name: frozen[name] if name in frozen else state.learners[name].params for name in names}

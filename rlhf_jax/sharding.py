@@ -1,0 +1,138 @@
+"""The mesh, and one table from parameter paths to how they are split.
+
+Axes: `data` splits rows and repeats the weights, `fsdp` splits rows and weights, `tensor` splits
+heads, MLP width and vocabulary. Optimiser states end with their parameter's path, so the same table
+splits them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))
+
+# First match wins. Kernels are [in, out]; what multiplies the residual stream from the left is
+# split over tensor on its output, what writes into it on its input, so that one all-reduce per
+# block half is all that tensor parallelism costs (Shoeybi et al. 2019, section 3).
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"value_head/(kernel|bias)$", P()),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"norm/scale$", P()),
+)
+
+
+def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence | None = None) -> Mesh:
+    """A `(data, fsdp, tensor)` mesh; one entry may be -1: all devices that are left.
+
+    Raises:
+        ValueError: if the shape does not use exactly the devices there are.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = list(shape)
+    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise ValueError(
+            f"mesh {tuple(shape)}: needs three positive sizes {AXES}, of which one may be -1"
+        )
+    known = 1
+    for n in shape:
+        known *= n if n != -1 else 1
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+        known = len(devices)
+    if known != len(devices):
+        raise ValueError(
+            f"mesh {tuple(shape)} over {AXES} does not use exactly the {len(devices)} devices; "
+            f"try ({len(devices)}, 1, 1)"
+        )
+    # Auto: the compiler places collectives. The default, Explicit, breaks every plain gather.
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`layers_0/query/kernel` for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def spec(path: tuple[Any, ...], leaf: Any, rules: Sequence[tuple[str, P]] = RULES) -> P:
+    """The partition of one leaf: scalars and keys are replicated, arrays follow the table.
+
+    Raises:
+        ValueError: if no rule matches, so that no weight is silently replicated.
+    """
+    if leaf.ndim == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return P()
+    name = path_name(path)
+    for pattern, found in rules:
+        if re.search(pattern, name):
+            # Scanned layers carry a leading layer axis, which is never split.
+            return P(None, *found) if "layers/" in name else found
+    raise ValueError(
+        f"no sharding rule for {name} {tuple(leaf.shape)}; add a pattern to rlhf_jax.sharding.RULES"
+    )
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """A `NamedSharding` for every leaf of a tree of arrays or `ShapeDtypeStruct`.
+
+    Raises:
+        ValueError: for an unknown path, or a dimension that does not divide over its mesh axes.
+    """
+
+    def one(path, leaf):
+        found = spec(path, leaf, rules)
+        for axis, (size, names) in enumerate(zip(leaf.shape, found, strict=False)):
+            names = (names,) if isinstance(names, str) else names or ()
+            parts = 1
+            for name in names:
+                parts *= mesh.shape[name]
+            if size % parts:
+                raise ValueError(
+                    f"{path_name(path)} {tuple(leaf.shape)}: axis {axis} of size {size} does not "
+                    f"divide over {parts} devices of {names}; make it {-(-size // parts) * parts} "
+                    f"or choose a smaller mesh axis"
+                )
+        return NamedSharding(mesh, found)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """How a batch is split: its leading axis over data and fsdp."""
+    return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def split_rows(tree: Any, axis: int = 0) -> Any:
+    """Inside a compiled function: keep `axis` of every array split over data and fsdp.
+
+    Without a mesh in context (one device, `vmap` over seeds) it does nothing.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, P(*(None,) * axis, *ROWS)), tree
+    )
+
+
+def gather_columns(embedding: jax.Array) -> jax.Array:
+    """Inside a compiled function: an embedding table split over the vocabulary only.
+
+    A lookup in a table split both ways makes XLA rematerialise it in full.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return embedding
+    return jax.lax.with_sharding_constraint(embedding, P("tensor", None))

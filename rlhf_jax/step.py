@@ -1,0 +1,273 @@
+"""What XLA compiles: `collect` and `update`. Pure; weights and keys are arguments.
+
+Division by a number of tokens happens in `_value` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from rlhf_jax import masked, rewards
+from rlhf_jax.config import Learner, Rollouts
+from rlhf_jax.score import score
+from rlhf_jax.sharding import split_rows
+from rlhf_jax.types import (
+    Control,
+    Experience,
+    LearnerState,
+    Params,
+    Rollout,
+    Sequences,
+    Terms,
+)
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def update(
+    state: LearnerState,
+    frozen: Mapping[str, Params],
+    batch: Sequences,
+    key: Array,
+    *,
+    learner: Learner,
+    models: Mapping[str, Any],
+) -> tuple[LearnerState, Metrics]:
+    """All epochs and minibatches of one learner over one batch.
+
+    `frozen` holds the weights of the models in `learner.scores`. Epochs are shuffled along the
+    leading axis, so that a group stays whole. Metrics are means over all that was seen.
+    """
+    if learner.transform is not None:
+        batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
+    rows = batch.tokens.shape[0]
+    check_rows(rows, learner)
+
+    def order(epoch):
+        if learner.minibatches == 1:
+            return jnp.arange(rows)
+        return jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+
+    orders = jnp.stack([order(i) for i in range(learner.epochs)])
+    orders = orders.reshape(-1, rows // learner.minibatches)
+
+    def one(state, order):
+        minibatch = split_rows(jax.tree.map(lambda x: x[order], batch))
+        return optimizer_step(state, frozen, minibatch, learner=learner, models=models)
+
+    state, (sums, plain) = jax.lax.scan(one, state, orders)
+    sums, plain = jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(lambda x: x.mean(0), plain)
+    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
+    return state, metrics | plain | {"skipped": state.skipped.astype(jnp.float32)}
+
+
+def optimizer_step(state, frozen, batch, *, learner, models):
+    """One optimiser step on one minibatch: scan over micro-batches, one division, one update."""
+    micro = _parts(batch, learner.microbatches)
+    count = _counts(state.params, frozen, micro, learner, models)
+
+    def loss(params, part):
+        return _value(params, frozen, part, count, learner, models)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (value, sums), grads = _sum_over_parts(lambda part: grad(state.params, part), micro)
+    norm = optax.global_norm(grads)
+    state = apply_gradients(state, grads, jnp.isfinite(value) & jnp.isfinite(norm), learner)
+    return state, (sums, {"loss": value, "grad_norm": norm})
+
+
+def evaluate(
+    params: Params,
+    frozen: Mapping[str, Params],
+    batch: Sequences,
+    *,
+    learner: Learner,
+    models: Mapping[str, Any],
+) -> Metrics:
+    """A learner's loss and metrics on a batch it does not learn from, untransformed."""
+    micro = _parts(batch, learner.microbatches)
+    count = _counts(params, frozen, micro, learner, models)
+    value, sums = _sum_over_parts(
+        lambda part: _value(params, frozen, part, count, learner, models), micro
+    )
+    return {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()} | {
+        "loss": value
+    }
+
+
+def _terms(scores, part, learner) -> dict[str, Terms]:
+    terms = learner.objective(scores, part)
+    return {"": terms} if isinstance(terms, Terms) else terms
+
+
+def _scored(params, frozen, part, learner, models):
+    models = {"self": learner.model, **{name: models[name] for name in frozen}}
+    return score(
+        {"self": params, **frozen}, part, models=models, vocab=learner.vocab, chunk=learner.chunk
+    )
+
+
+def _counts(params, frozen, micro, learner, models) -> dict[str, Array]:
+    """Σ count over the minibatch before any forward pass.
+
+    Counts may not depend on scores, so zeros stand in for them, and XLA drops what is not counted.
+    """
+
+    def of_part(part):
+        shapes = jax.eval_shape(lambda: _scored(params, frozen, part, learner, models))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        terms = _terms(zeros, part, learner)
+        return {
+            name: (term.weight if term.count is None else term.count).astype(jnp.float32).sum()
+            for name, term in terms.items()
+        }
+
+    return _sum_over_parts(of_part, micro)
+
+
+def _value(params, frozen, part, count, learner, models):
+    """This part's share of the minibatch's loss, and its sums of metrics."""
+    total, sums = jnp.float32(0.0), {}
+    scores = _scored(params, frozen, part, learner, models)
+    for name, term in _terms(scores, part, learner).items():
+        weight = term.weight.astype(jnp.float32)
+        used = weight != 0
+        value = masked.sum(term.loss.astype(jnp.float32) * weight, used)
+        total += term.scale * value / jnp.where(count[name] == 0, 1.0, count[name])
+        for metric, x in term.metrics.items():
+            label = f"{name}/{metric}" if name else metric
+            sums[label] = (masked.sum(x, used), used.astype(jnp.float32).sum())
+    return total, jax.lax.stop_gradient(sums)
+
+
+def _sum_over_parts(fn, micro):
+    """Σ fn(part), one part in memory at a time."""
+    first = jax.tree.map(lambda x: x[0], micro)
+    if jax.tree.leaves(micro)[0].shape[0] == 1:
+        return fn(first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first))
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zero, micro
+    )
+    return total
+
+
+def _parts(batch: Any, parts: int) -> Any:
+    """Rows cut into parts, in front; part i takes rows i, i + parts, …: none leaves its device."""
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    return split_rows(jax.tree.map(split, batch), axis=1)
+
+
+def apply_gradients(state, grads, finite, learner) -> LearnerState:
+    """Step the optimiser, or leave weights and moments as they are and count the skip."""
+    updates, opt_state = learner.optimizer().update(grads, state.opt_state, state.params)
+    new = state.replace(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        step=state.step + 1,
+        skipped_row=jnp.zeros_like(state.skipped_row),
+    )
+    old = state.replace(skipped=state.skipped + 1, skipped_row=state.skipped_row + 1)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def check_rows(rows: int, learner: Learner) -> None:
+    """Raise ValueError unless a batch of `rows` rows splits evenly."""
+    parts = learner.minibatches * learner.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide into {learner.minibatches} minibatches of "
+            f"{learner.microbatches} micro-batches; use a multiple of {parts}, such as "
+            f"{-(-rows // parts) * parts}"
+        )
+
+
+def collect(
+    rollout: Rollout,
+    reward: Float[Array, "b t"],
+    params: Mapping[str, Params],
+    control: Control,
+    *,
+    spec: Rollouts,
+    models: Mapping[str, Any],
+) -> tuple[Experience, Control, Metrics]:
+    """A rollout and its rewards become experience: trainer's log-probabilities, KL, advantages.
+
+    The control comes back with its KL coefficient adapted. Metrics are means over the samples, or
+    over masked tokens; KL is the sum over a sample's tokens of logp − ref_logp, in nats.
+    """
+    mask = rollout.mask
+    old, ref, value = _old_scores(rollout, params, spec, models)
+    if spec.reference is None:
+        ref = old.logp
+    outcome = masked.sum(reward, mask, axis=-1)
+    if spec.normalise:
+        reward = rewards.normalise(reward, mask, control.reward_mean, control.reward_std)
+    for shape in spec.shaping:
+        reward = shape(reward, rollout)
+    kl = masked.sum(old.logp - ref, mask, axis=-1)
+    total = rewards.minus_kl(reward, old.logp, ref, mask, control.kl_coefficient)
+    advantage, target = spec.advantage(
+        reward=total, value=value, mask=mask, prompt_id=rollout.prompt_id
+    )
+    fields = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__}
+    experience = Experience(
+        **fields,
+        old_logp=old.logp,
+        ref_logp=ref,
+        value=value,
+        reward=total,
+        advantage=advantage,
+        target=target,
+    )
+    coefficient = control.kl_coefficient
+    if spec.kl.adaptive:
+        coefficient = rewards.adaptive_kl(
+            coefficient, kl.mean(), kl.shape[0], target=spec.kl.target, horizon=spec.kl.horizon
+        )
+    gap = jnp.abs(rollout.logp - old.logp)
+    metrics = {
+        "reward/score": outcome.mean(),
+        "reward/score_std": outcome.std(),
+        "reward/total": masked.sum(total, mask, axis=-1).mean(),
+        "kl/sequence": kl.mean(),
+        "kl/coefficient": control.kl_coefficient,
+        "rollout/length": mask.sum(-1).mean(dtype=jnp.float32),
+        "rollout/ended": rollout.ended.mean(dtype=jnp.float32),
+        "rollout/entropy": masked.mean(old.entropy, mask),
+        "rollout/mismatch": jnp.where(mask, gap, 0.0).max(),
+    }
+    control = control.replace(kl_coefficient=jnp.asarray(coefficient, jnp.float32))
+    return jax.lax.stop_gradient((experience, control, metrics))
+
+
+def _old_scores(rollout, params, spec, models):
+    """The policy's scores, the reference's logp and the values, some rows at a time."""
+    named = {name for name in (spec.policy, spec.reference, spec.value) if name is not None}
+
+    def some(part):
+        found = {
+            name: score({"self": params[name]}, part, models={"self": models[name]})
+            for name in named
+        }
+        zero = jnp.zeros(part.tokens.shape, jnp.float32)
+        return (
+            found[spec.policy],
+            found[spec.reference].logp if spec.reference is not None else zero,
+            found[spec.value].value if spec.value is not None else zero,
+        )
+
+    parts = spec.microbatches
+    if parts == 1:
+        return some(rollout)
+    found = jax.lax.map(some, _parts(rollout, parts))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
