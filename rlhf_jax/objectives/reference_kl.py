@@ -1,0 +1,43 @@
+"""The exact KL to the reference, over the whole vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax import masked
+from rlhf_jax.types import Scores, Sequences, Terms
+
+
+def reference_kl_vocab(
+    logits: dict[str, Float[Array, "c v"]], batch: Sequences
+) -> dict[str, Float[Array, "c"]]:
+    """Σ_v π (log π − log π_ref) per token, in nats; `logits["reference"]` must be scored.
+
+    A learner's `vocab`, beside `scores=("reference",)`; the result is scores.extra["reference_kl"].
+    """
+    if "reference" not in logits:
+        raise ValueError(
+            f'reference_kl_vocab needs a model named "reference" in the learner\'s scores; '
+            f"it has {sorted(set(logits) - {'self'})}"
+        )
+    logp = jax.nn.log_softmax(logits["self"].astype(jnp.float32))
+    ref_logp = jax.nn.log_softmax(logits["reference"].astype(jnp.float32))
+    possible = logp > -jnp.inf  # 0 · (−inf) is nan: tokens the policy cannot say add nothing
+    gap = jnp.where(possible, logp, 0.0) - jnp.where(possible, ref_logp, 0.0)
+    return {"reference_kl": jnp.sum(jnp.where(possible, jnp.exp(logp), 0.0) * gap, axis=-1)}
+
+
+def reference_kl(scores: Scores, batch: Sequences, *, coefficient: float = 1.0) -> Terms:
+    """β KL(π‖π_ref) per token, in nats, with its exact gradient at the sampled prefixes.
+
+    Differs from a penalty on the reward: the gradient of a token's KL stays with that token.
+    """
+    if "reference_kl" not in scores.extra:
+        raise ValueError(
+            'reference_kl needs vocab=reference_kl_vocab and scores=("reference",) on its learner'
+        )
+    kl = masked.select(scores.extra["reference_kl"], batch.mask)
+    weight = batch.mask.astype(jnp.float32)
+    return Terms(kl, weight=weight, scale=coefficient, metrics={"kl": kl})

@@ -1,0 +1,32 @@
+"""Unlikelihood: push bad tokens down instead of good ones up."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlhf_jax import masked
+from rlhf_jax.types import Labeled, Scores, Terms
+
+
+def unlikelihood(scores: Scores, batch: Labeled, *, threshold: float, alpha: float = 1.0) -> Terms:
+    """−log p on good tokens, −α log(1 − p) on bad ones, in nats (Welleck et al. 2020, eq. 4).
+
+    Departs from the paper: a token is bad if its own score is below `threshold`, not if it repeats
+    an n-gram; and 1 − p is held at 1e-6 and above, where the gradient ends.
+    """
+    logp = masked.select(scores.logp, batch.mask)
+    good = masked.select(batch.token_score, batch.mask) >= threshold
+    loss = jnp.where(good, -logp, -alpha * _log_of_the_rest(logp))
+    metrics = {"good": good.astype(jnp.float32)}
+    return Terms(loss, weight=batch.mask.astype(jnp.float32), metrics=metrics)
+
+
+def _log_of_the_rest(logp):
+    """log(1 − eˣ), exact near 0 and far from it (Mächler 2012)."""
+    x = jnp.minimum(logp, -1e-6)
+    near = x > -0.6931
+    return jnp.where(
+        near,
+        jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))),
+        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
+    )
