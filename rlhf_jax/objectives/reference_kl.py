@@ -22,8 +22,9 @@ def reference_kl_vocab(
             f'reference_kl_vocab needs a model named "reference" in the learner\'s scores; '
             f"it has {sorted(set(logits) - {'self'})}"
         )
-    logp = jax.nn.log_softmax(logits["self"].astype(jnp.float32))
-    ref_logp = jax.nn.log_softmax(logits["reference"].astype(jnp.float32))
+    here = batch.mask[:, None]
+    logp = jax.nn.log_softmax(masked.select(logits["self"], here))
+    ref_logp = jax.nn.log_softmax(masked.select(logits["reference"], here))
     possible = logp > -jnp.inf  # 0 · (−inf) is nan: tokens the policy cannot say add nothing
     gap = jnp.where(possible, logp, 0.0) - jnp.where(possible, ref_logp, 0.0)
     return {"reference_kl": jnp.sum(jnp.where(possible, jnp.exp(logp), 0.0) * gap, axis=-1)}
