@@ -1,0 +1,271 @@
+"""Every objective obeys every law; and every law is broken by an objective made to break it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from jaxtyping import Array, Float
+
+from rlhf_jax import masked
+from rlhf_jax.objectives import (
+    combine,
+    mle,
+    ppo,
+    reference_kl,
+    reference_kl_vocab,
+    reward_model,
+    unlikelihood,
+    value,
+)
+from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
+from rlhf_jax.types import Experience, Labeled, Pairs, Scores, Sequences, Terms
+
+every_ppo = partial(ppo, clip_high=0.3, dual_clip=3.0, importance_cap=2.0, entropy_coefficient=0.01)
+on_policy = {"batch": Experience}
+over_vocabulary = {"vocab": reference_kl_vocab}
+
+OBJECTIVES = {
+    "mle": (mle, {}),
+    "ppo": (ppo, {}),
+    "ppo, every option": (every_ppo, {}),
+    "value": (value, {}),
+    "value, not clipped": (partial(value, clip=None, coefficient=0.1), {}),
+    "reward_model": (partial(reward_model, centre=0.1), {}),
+    "unlikelihood": (partial(unlikelihood, threshold=0.0, alpha=2.0), {}),
+    "reference_kl": (partial(reference_kl, coefficient=0.1), over_vocabulary),
+    "ppo + value": (partial(combine, policy=ppo, value=partial(value, coefficient=0.1)), on_policy),
+    "ppo + KL": (partial(combine, policy=ppo, kl=reference_kl), on_policy | over_vocabulary),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_laws_hold_for(name):
+    fn, arguments = OBJECTIVES[name]
+    check_objective(fn, **arguments)
+
+
+def weight_of(batch):
+    return batch.mask.astype(jnp.float32)
+
+
+def mean_inside(scores: Scores, batch: Labeled) -> Terms:
+    loss = -masked.select(scores.logp, batch.mask) / jnp.maximum(batch.mask.sum(), 1)
+    return Terms(loss, weight_of(batch), count=weight_of(batch))
+
+
+def whitened_by_the_batch(scores: Scores, batch: Experience) -> Terms:
+    advantage = masked.whiten(batch.advantage, batch.mask)
+    return Terms(-advantage * masked.select(scores.logp, batch.mask), weight_of(batch))
+
+
+def weight_from_scores(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask)
+    return Terms(-logp, weight_of(batch) * (logp < -1.0))
+
+
+def scale_from_scores(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask)
+    return Terms(-logp, weight_of(batch), scale=jnp.exp(jnp.mean(logp)))
+
+
+def times_zero(scores: Scores, batch: Experience) -> Terms:
+    ratio = jnp.exp(jnp.clip(scores.logp - batch.old_logp, -20.0, 20.0))
+    return Terms(-batch.advantage * ratio, weight_of(batch))
+
+
+def nan_from_the_row(scores: Scores, batch: Labeled) -> Terms:
+    return Terms(-scores.logp * jnp.exp(batch.score)[:, None], weight_of(batch))
+
+
+def off_by_one(scores: Scores, batch: Labeled) -> Terms:
+    return Terms(-jnp.roll(scores.logp, 1, axis=1), weight_of(batch))
+
+
+def reads_the_last_column(scores: Scores, batch: Pairs) -> Terms:
+    score = scores.reward[..., -1]
+    weight = batch.mask.any(-1).all(-1).astype(jnp.float32)
+    return Terms(jax.nn.softplus(score[:, 1] - score[:, 0]), weight)
+
+
+def divides_by_the_width(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask)
+    return Terms(-logp / batch.tokens.shape[1], weight_of(batch))
+
+
+def counts_the_padding(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask)
+    return Terms(-logp, weight_of(batch), count=jnp.ones(batch.tokens.shape))
+
+
+def favours_the_first_row(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask)
+    return Terms(-logp * jnp.arange(batch.tokens.shape[0], 0.0, -1.0)[:, None], weight_of(batch))
+
+
+def overflows(scores: Scores, batch: Experience) -> Terms:
+    ratio = jnp.exp(masked.select(scores.logp - batch.old_logp, batch.mask))
+    return Terms(ratio, weight_of(batch))
+
+
+def log_of_zero(scores: Scores, batch: Labeled) -> Terms:
+    logp = masked.select(scores.logp, batch.mask) - 1e-3 * ~batch.mask
+    return Terms(-jnp.log1p(-jnp.exp(logp)), weight_of(batch))
+
+
+def averaged(scores: Scores, batch: Labeled) -> Terms:
+    return Terms(masked.mean(-scores.logp, batch.mask), jnp.float32(1.0))
+
+
+def integer_weight(scores: Scores, batch: Labeled) -> Terms:
+    return Terms(-masked.select(scores.logp, batch.mask), batch.mask.astype(jnp.int32))
+
+
+def metric_of_another_shape(scores: Scores, batch: Labeled) -> Terms:
+    good = mle(scores, batch)
+    return good.replace(metrics={"length": batch.mask.sum(1).astype(jnp.float32)})
+
+
+def branches_on_a_value(scores: Scores, batch: Labeled) -> Terms:
+    good = mle(scores, batch)
+    return good if scores.logp.sum() < 0 else good.replace(loss=-good.loss)
+
+
+def computes_in_bfloat16(scores: Scores, batch: Experience) -> Terms:
+    surrogate = jnp.where(batch.mask, scores.logp * batch.advantage, 0.0)
+    return Terms(-surrogate.astype(jnp.float32), weight_of(batch))
+
+
+@jax.custom_batching.custom_vmap
+def _own(x):
+    return x
+
+
+@_own.def_vmap
+def _of_all_seeds(size, batched, x):
+    return jnp.broadcast_to(x.mean(0), x.shape), True
+
+
+def mixes_seeds(scores: Scores, batch: Experience) -> Terms:
+    advantage = _own(masked.select(batch.advantage, batch.mask))
+    return Terms(-advantage * masked.select(scores.logp, batch.mask), weight_of(batch))
+
+
+BROKEN = [
+    (mean_inside, "additivity"),
+    (whitened_by_the_batch, "additivity"),
+    (weight_from_scores, "weights"),
+    (scale_from_scores, "weights"),
+    (times_zero, "nan"),
+    (nan_from_the_row, "nan"),
+    (off_by_one, "zero_gradient"),
+    (reads_the_last_column, "zero_gradient"),
+    (reads_the_last_column, "padding"),
+    (divides_by_the_width, "padding"),
+    (counts_the_padding, "padding"),
+    (favours_the_first_row, "permutation"),
+    (overflows, "extremes"),
+    (log_of_zero, "extremes"),
+    (averaged, "shapes"),
+    (integer_weight, "shapes"),
+    (metric_of_another_shape, "shapes"),
+    (branches_on_a_value, "jit"),
+    (computes_in_bfloat16, "bfloat16"),
+    (mixes_seeds, "vmap"),
+]
+
+
+@pytest.mark.parametrize(("fn", "law"), BROKEN, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_objective_breaks_its_law(fn, law):
+    with pytest.raises(BrokenLawError, match=f"law '{law}': .*"):
+        check_objective(fn, laws=[law])
+
+
+def test_every_law_is_broken_by_some_objective():
+    assert {law for _, law in BROKEN} == set(LAWS)
+
+
+def test_the_message_says_where_and_what_was_expected():
+    with pytest.raises(BrokenLawError, match=r"scores\.logp is not 0 at \(\d, \d\), where weight"):
+        check_objective(off_by_one, laws=["zero_gradient"])
+
+
+def test_a_constant_denominator_is_allowed():
+    def dr_grpo(scores: Scores, batch: Experience) -> Terms:
+        length = jnp.maximum(batch.mask.sum(1, keepdims=True), 1)
+        loss = -masked.select(batch.advantage, batch.mask) * masked.select(scores.logp, batch.mask)
+        return Terms(loss, weight_of(batch), count=weight_of(batch) * 16.0 / length)
+
+    check_objective(dr_grpo, laws=["shapes", "weights", "padding", "additivity"])
+
+
+def test_a_sequence_objective_and_a_field_of_a_subclass_can_be_checked():
+    @struct.dataclass
+    class Gated(Labeled):
+        gate: Float[Array, "b"]
+
+    def gated(scores, batch):
+        gate = jnp.where(batch.mask.any(1), batch.gate, 0.0)
+        loss = -masked.sum(scores.logp, batch.mask, axis=1) * gate
+        return Terms(loss, batch.mask.any(1).astype(jnp.float32))
+
+    check_objective(gated, batch=Gated)
+    check_objective(gated, batch=random_batch(Gated, seed=3), laws=["nan", "vmap"])
+
+
+def test_the_random_batches_have_padding_holes_and_an_empty_row():
+    for kind in (Labeled, Experience, Pairs):
+        batch = random_batch(kind)
+        text = batch.segments > 0
+        assert not batch.mask[..., 0].any()
+        assert not batch.mask[~text].any()
+        assert (~text).any()
+        holes = text[..., 1:-1] & ~batch.mask[..., 1:-1] & batch.mask[..., 2:]
+        assert holes.any()
+        assert (~batch.mask.any(-1)).sum() == 1
+
+
+def test_an_objective_that_does_not_say_its_batch_is_asked_for_it():
+    with pytest.raises(ValueError, match=r"pass\s+check_objective\(batch=Labeled\)"):
+        check_objective(lambda scores, batch: None)
+
+
+def test_a_law_that_does_not_exist_is_answered_with_those_that_do():
+    with pytest.raises(ValueError, match=r"additivity"):
+        check_objective(mle, laws=["gravity"])
+
+
+def test_a_field_without_shape_is_asked_for():
+    @struct.dataclass
+    class Odd(Sequences):
+        thing: object
+
+    with pytest.raises(ValueError, match=r"Odd\.thing has no annotation"):
+        check_objective(mle, batch=Odd)
+
+
+def test_missing_inputs_are_named():
+    batch = jax.tree.map(jnp.asarray, random_batch(Experience))
+    scores = Scores(logp=batch.logp)
+    with pytest.raises(ValueError, match=r"needs scores\.value"):
+        value(scores, batch)
+    with pytest.raises(ValueError, match="vocab=reference_kl_vocab"):
+        reference_kl(scores, batch)
+    with pytest.raises(ValueError, match=r"needs scores\.entropy"):
+        ppo(scores, batch, entropy_coefficient=0.1)
+    with pytest.raises(ValueError, match=r"needs scores\.reward"):
+        reward_model(Scores(), jax.tree.map(jnp.asarray, random_batch(Pairs)))
+    with pytest.raises(ValueError, match="'teacher'"):
+        logits = jnp.zeros((batch.tokens.size, 5))
+        flat = jax.tree.map(lambda x: jnp.zeros(batch.tokens.size, x.dtype), batch)
+        reference_kl_vocab({"self": logits, "teacher": logits}, flat)
+
+
+def test_no_metric_of_ppo_is_needed_to_compute_its_loss():
+    batch = jax.tree.map(jnp.asarray, random_batch(Experience))
+    without = ppo(Scores(logp=batch.logp), batch)
+    with_entropy = ppo(Scores(logp=batch.logp, entropy=-batch.logp), batch)
+    np.testing.assert_array_equal(without.loss, with_entropy.loss)
+    assert "entropy" in with_entropy.metrics
