@@ -1,0 +1,182 @@
+"""The command line: train, sample, eval, report, show.
+
+A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
+stopped by a signal, its state saved, with 0 (SIGTERM) or 130 (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    _quiet()
+    from rlhf_jax.checkpoint import CheckpointError, Stopped
+    from rlhf_jax.config import ConfigError
+    from rlhf_jax.data import DataError
+    from rlhf_jax.report import ReportError
+    from rlhf_jax.rewards import RewardError
+    from rlhf_jax.train import RunError
+
+    try:
+        options.run(options)
+    except (ConfigError, DataError, ReportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, RewardError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}", flush=True)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """Settings of the process: a persistent compilation cache, and no chatter of C++ libraries."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        from rlhf_jax.data import cache_directory
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf-jax", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name, run, text):
+        found = commands.add_parser(name, help=text, description=text)
+        found.set_defaults(run=run)
+        return found
+
+    def experiment(found):
+        found.add_argument("file", metavar="FILE", help="an experiment: a .py file with config()")
+        found.add_argument(
+            "--set",
+            dest="settings",
+            action="append",
+            default=[],
+            metavar="A.B=VALUE",
+            help="override a number of the experiment; may be repeated",
+        )
+
+    def run_directory(found):
+        found.add_argument("directory", metavar="RUN", help="the --out of a train command")
+        found.add_argument("--stage", help="a stage of a pipeline; default: the last run")
+        found.add_argument("--file", help="the experiment's file, if it has moved")
+
+    train = command("train", _train, "run an experiment, or go on with one")
+    experiment(train)
+    train.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    sample = command("sample", _sample, "let a trained policy write")
+    run_directory(sample)
+    sample.add_argument("--prompt", action="append", help="how the text begins; may be repeated")
+    sample.add_argument("--learner", default="policy")
+    sample.add_argument("--count", type=int, default=4, help="samples of each prompt")
+    sample.add_argument("--length", type=int, default=40, help="tokens at most")
+    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--top-k", type=int, default=0)
+    sample.add_argument("--top-p", type=float, default=1.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--step", type=int, help="a checkpoint's step; default: the latest")
+
+    evaluate = command("eval", _eval, "evaluate a run's last checkpoint on its held-out data")
+    run_directory(evaluate)
+
+    report = command("report", _report, "write one HTML page about a run")
+    report.add_argument("directory", metavar="RUN", help="the --out of a train command")
+
+    show = command("show", _show, "print an experiment with all its numbers, and its batch plan")
+    experiment(show)
+    return parser
+
+
+def _train(options) -> None:
+    from rlhf_jax import runs
+    from rlhf_jax.report import report
+
+    out = runs.start(options.file, options.settings, options.out, resume=options.resume)
+    print(f"report: {report(out)}", flush=True)
+
+
+def _report(options) -> None:
+    from rlhf_jax.report import report
+
+    print(report(Path(options.directory)))
+
+
+def _show(options) -> None:
+    import jax
+
+    from rlhf_jax.config import Config, batch_plan, check
+    from rlhf_jax.experiment import describe, load, override
+
+    value = override(load(options.file), options.settings)
+    shown = {"config": describe(value)}
+    devices = jax.device_count()
+    if isinstance(value, Config):
+        check(value, devices=devices)
+        shown["batch plan"] = batch_plan(value, devices=devices)
+    else:
+        stages = {k: v for k, v in value.stages.items() if isinstance(v, Config)}
+        for stage in stages.values():
+            check(stage, devices=devices)
+        shown["batch plan"] = {k: batch_plan(v, devices=devices) for k, v in stages.items()}
+    print(json.dumps(shown, indent=2))
+
+
+def _sample(options) -> None:
+    from rlhf_jax import runs
+    from rlhf_jax.inference import sample_texts
+
+    config, directory = runs.stage_of(
+        runs.find(options.directory, file=options.file), options.stage
+    )
+    texts = sample_texts(
+        config,
+        directory,
+        prompts=options.prompt if options.prompt is not None else [""],
+        learner=options.learner,
+        count=options.count,
+        length=options.length,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        step=options.step,
+    )
+    for text in texts:
+        print(f"- {text}")
+
+
+def _eval(options) -> None:
+    from rlhf_jax import runs
+    from rlhf_jax.inference import evaluate_checkpoint
+
+    config, directory = runs.stage_of(
+        runs.find(options.directory, file=options.file), options.stage
+    )
+    found = evaluate_checkpoint(config, directory)
+    (directory / "eval.json").write_text(json.dumps(found, indent=1))
+    for name, value in found.items():
+        print(f"{name:40s} {value:.5g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A finished run's weights at work: texts for prompts, losses on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import step as steps
+from rlhf_jax.checkpoint import restore_params
+from rlhf_jax.config import Config, ConfigError
+from rlhf_jax.data import tokenizers
+from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.types import Params, Prompts
+
+
+def learner_params(config: Config, directory: Path, name: str, at: int | None = None) -> Params:
+    """One learner's weights from a run's checkpoint.
+
+    Raises:
+        ConfigError: if there is no such learner.
+    """
+    if name not in config.learners:
+        raise ConfigError(f"no learner {name!r}; valid: {', '.join(config.learners)}")
+    return jax.tree.map(jnp.asarray, restore_params(directory, name, step=at))
+
+
+def sample_texts(
+    config: Config,
+    directory: Path,
+    *,
+    prompts: Sequence[str],
+    learner: str = "policy",
+    count: int = 1,
+    length: int = 40,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    step: int | None = None,
+) -> list[str]:
+    """`count` texts for each prompt, prompt included; stops and banned tokens are the run's own.
+
+    Raises:
+        ConfigError: for numbers that make no sense, or a prompt that does not fit the context.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature {temperature}: must be above 0; for greedy use top_k 1")
+    if not 0 < top_p <= 1 or top_k < 0 or count < 1 or length < 1:
+        raise ConfigError("needs 0 < top_p ≤ 1, top_k ≥ 0, count ≥ 1 and length ≥ 1")
+    params = learner_params(config, directory, learner, step)
+    model = config.learners[learner].model
+    if not model.lm_head:
+        raise ConfigError(f"learner {learner!r} has no language model head to sample from")
+    tokenizer = tokenizers.load(config.tokenizer)
+    ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts]
+    longest = max(len(i) for i in ids)
+    if longest + length > model.context:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and {length} more exceed the context {model.context}"
+        )
+    tokens = np.full((len(ids), longest), tokenizer.pad, np.int32)
+    for row, one in zip(tokens, ids, strict=True):
+        row[: len(one)] = one
+    batch = Prompts(
+        tokens=np.repeat(tokens, count, axis=0),
+        length=np.repeat(np.array([len(i) for i in ids], np.int32), count),
+        prompt_id=np.repeat(np.arange(len(ids), dtype=np.int32), count),
+        sample_id=np.tile(np.arange(count, dtype=np.int32), len(ids)),
+    )
+    if config.rollouts is not None:
+        sampling = config.rollouts.sampling
+    else:
+        sampling = Sampling(stop=(tokenizer.eos,), banned=(tokenizer.pad, tokenizer.bos))
+    sampling = sampling.replace(temperature=temperature, top_k=top_k, top_p=top_p)
+    run = jax.jit(partial(generate, model=model, length=length))
+    rollout = run(params, jax.tree.map(jnp.asarray, batch), jax.random.key(seed), sampling=sampling)
+    used = np.asarray(rollout.segments) > 0
+    return [
+        tokenizer.decode(row[keep].tolist())
+        for row, keep in zip(np.asarray(rollout.tokens), used, strict=True)
+    ]
+
+
+def evaluate_checkpoint(config: Config, directory: Path) -> dict[str, float]:
+    """Every evaluation of the experiment at the last checkpoint: name/metric → mean.
+
+    Raises:
+        ConfigError: if the experiment names no evaluation.
+    """
+    if not config.evaluation:
+        raise ConfigError(f"the experiment {config.name!r} names no evaluation")
+    found = {}
+    for name, spec in config.evaluation.items():
+        learner = config.learners[spec.learner]
+        if learner.scores:
+            missing = [other for other in learner.scores if other not in config.learners]
+            if missing:
+                raise ConfigError(f"evaluation {name!r} scores frozen weights {missing}")
+        params = learner_params(config, directory, spec.learner)
+        others = {other: learner_params(config, directory, other) for other in learner.scores}
+        run = jax.jit(partial(steps.evaluate, learner=learner, models=config.models))
+        stream = iter(config.data[spec.batch](seed=config.seed, shard=(0, 1)))
+        rows = [run(params, others, next(stream)) for _ in range(spec.batches)]
+        for metric in rows[0]:
+            found[f"{name}/{metric}"] = float(np.mean([float(row[metric]) for row in rows]))
+    return found

@@ -1,0 +1,161 @@
+"""Run directories: what may be started where, stages one after another, and finding them again.
+
+OUT/run.json            the experiment's file, settings, description, versions
+OUT/metrics.jsonl …     what the run wrote; for a pipeline all of this is in OUT/<stage>/
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.config import Config, ConfigError, Pipeline
+from rlhf_jax.experiment import describe, difference, load, override
+from rlhf_jax.train import train
+
+# What may change between a run and its continuation: how long, where and how it is cut up.
+FREE = ("steps", "mesh", "checkpoint", "evaluation", "max_skipped", "microbatches", "chunk", "show")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run or pipeline found in a directory."""
+
+    value: Config | Pipeline
+    directory: Path
+
+
+def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) -> Path:
+    """Load an experiment and run it in `out`; returns the directory.
+
+    Raises:
+        ConfigError: if the experiment is wrong, or the directory holds a run that this would harm.
+    """
+    value = override(load(file), settings)
+    out = Path(out).resolve()
+    record = {
+        "file": str(Path(file).resolve()),
+        "settings": list(settings),
+        "config": describe(value),
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    _claim(out, record, resume=resume, file=file)
+    if isinstance(value, Config):
+        train(value, out, resume=resume)
+    else:
+        run_stages(value, out)
+    return out
+
+
+def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> None:
+    """Make the directory this run's own, or refuse."""
+    path = out / "run.json"
+    settings = "".join(f" --set {s}" for s in record["settings"])
+    if path.is_file():
+        old = json.loads(path.read_text())
+        lines = difference(old["config"], record["config"])
+        if not resume:
+            if not lines:
+                raise ConfigError(
+                    f"{out} already holds this run; continue it with\n"
+                    f"  rlhf-jax train {file} --out {out}{settings} --resume\n"
+                    "or choose another --out"
+                )
+            shown = "\n  ".join(lines[:20])
+            raise ConfigError(
+                f"{out} holds another run; choose another --out. It differs in (there -> here):\n"
+                f"  {shown}"
+            )
+        fixed = [line for line in lines if not set(line.split(":")[0].split(".")) & set(FREE)]
+        if fixed:
+            shown = "\n  ".join(fixed[:20])
+            raise ConfigError(
+                f"{out} cannot be resumed with another experiment (there -> here):\n  {shown}\n"
+                f"Only {', '.join(FREE)} may change; choose another --out for the rest"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            part = out / "run.json.part"
+            part.write_text(json.dumps(record, indent=1))
+            os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {out}: {error.strerror}; choose another --out"
+        ) from error
+
+
+def run_stages(pipeline: Pipeline, out: Path) -> None:
+    """Every stage that is not finished, in order; an interrupted one goes on where it was saved."""
+    directories: dict[str, Path] = {}
+    for number, (name, stage) in enumerate(pipeline.stages.items(), 1):
+        directory = out / name
+        done = directory / "done"
+        heading = f"[{number}/{len(pipeline.stages)}] {name}"
+        if done.is_file():
+            print(f"{heading}: already finished", flush=True)
+        else:
+            print(heading, flush=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            if isinstance(stage, Config):
+                again = (directory / "checkpoints").is_dir()
+                train(stage, directory, resume=again, stages=directories, stage=name)
+            else:
+                stage(out)
+            done.touch()
+        directories[name] = directory
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside the experiment."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        found[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    found["devices"] = f"{jax.device_count()} × {device.device_kind} ({device.platform})"
+    return found
+
+
+def find(directory: str | Path, *, file: str | None = None) -> Recorded:
+    """The experiment that a directory was made by, with its settings.
+
+    Raises:
+        ConfigError: if there is none, its file is gone, or the file says something else by now.
+    """
+    directory = Path(directory)
+    path = directory / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} holds no run (there is no run.json); give a train --out")
+    record = json.loads(path.read_text())
+    source = file if file is not None else record["file"]
+    if not Path(source).is_file():
+        raise ConfigError(f"the experiment file {source} is gone; name it with --file")
+    value = override(load(source), record["settings"])
+    lines = difference(record["config"], describe(value))
+    if lines:
+        shown = "\n  ".join(lines[:20])
+        print(f"note: {source} has changed since this run (then -> now):\n  {shown}", flush=True)
+    return Recorded(value, directory)
+
+
+def stage_of(found: Recorded, stage: str | None) -> tuple[Config, Path]:
+    """One stage's config and directory; the last run of a pipeline if none is named."""
+    if isinstance(found.value, Config):
+        if stage is not None:
+            raise ConfigError(f"{found.directory} is a single run; leave --stage out")
+        return found.value, found.directory
+    runs = {k: v for k, v in found.value.stages.items() if isinstance(v, Config)}
+    name = stage if stage is not None else list(runs)[-1]
+    if name not in runs:
+        raise ConfigError(f"there is no stage {name!r}; valid: {', '.join(runs)}")
+    return runs[name], found.directory / name

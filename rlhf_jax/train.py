@@ -1,0 +1,384 @@
+"""The loop: the only file that sequences side effects, in the order in which they happen.
+
+One step: prompts → generate → reward → collect → update of every learner whose turn it is →
+metrics → checkpoint. Offline learners enter at update with batches of their own stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import rewards, sharding
+from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped, restore_params
+from rlhf_jax.config import Config, ConfigError, From, check
+from rlhf_jax.data import tokenizers
+from rlhf_jax.metrics import Meter
+from rlhf_jax.models import weights
+from rlhf_jax.phases import Phases, build, phase_key, samples_of, weights_of
+from rlhf_jax.types import Pairs, Params, Prompts, Rollout, TrainState
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why, where things were kept and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop holds besides the state."""
+
+    config: Config
+    phases: Phases
+    frozen: Mapping[str, Params]
+    streams: Mapping[str, Iterator]
+    tokenizer: Any
+    meter: Meter
+    out: Path
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    stages: Mapping[str, Path] | None = None,
+    stage: str = "",
+) -> TrainState:
+    """Run all steps, from the last checkpoint in `out` if resuming; return the last state.
+
+    `stages` maps earlier stages of a pipeline to their directories.
+
+    Raises:
+        ConfigError: for an experiment that cannot run. RunError: for one that cannot go on.
+        Stopped: after SIGTERM or Ctrl-C, once everything is saved.
+    """
+    check(config, devices=jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    keep = config.checkpoint.keep
+    with (
+        Preemption() as preemption,
+        jax.set_mesh(mesh),
+        Checkpoints(out / "checkpoints", keep=keep) as checkpoints,
+    ):
+        phases = build(config, mesh)
+        streams = open_streams(config)
+        latest = checkpoints.latest() if resume else None
+        if latest is None:
+            if resume:
+                print(f"no complete checkpoint in {out}: starting at step 0", flush=True)
+            state, frozen = begin(config, phases, stages or {})
+            checkpoints.save_frozen(frozen)
+        else:
+            state = checkpoints.restore(latest, abstract_state(config, phases), streams)
+            frozen = checkpoints.restore_frozen(abstract_frozen(config, mesh))
+        start = int(state.step)
+        tokenizer = tokenizers.load(config.tokenizer)
+        with Meter(out, name=stage or config.name, start=start, total=config.steps) as meter:
+            run = Run(config, phases, frozen, streams, tokenizer, meter, out)
+            if latest is None:
+                state = measure_reward(run, state)
+                show_samples(run, state, 0)
+            for step in range(start, config.steps):
+                state = one_step(run, state, step)
+                done = step + 1
+                last = done == config.steps
+                stop = preemption.requested(done)
+                if last or _due(done, config.rollouts and config.rollouts.show_every):
+                    show_samples(run, state, done)
+                if stop or last or _due(done, config.checkpoint.every):
+                    meter.flush()  # no checkpoint is newer than the log that leads to it
+                    checkpoints.save(done, state, streams)
+                if stop and not last:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped as asked; step {done} is saved in {out}")
+    return state
+
+
+def _due(done: int, every: int | None) -> bool:
+    return bool(every) and done % every == 0
+
+
+def one_step(run: Run, state: TrainState, step: int) -> TrainState:
+    """Rollout and experience if there are rollouts, then every learner, then evaluation."""
+    config, metrics, batches = run.config, {}, {}
+
+    def batch_of(name):  # learners of one stream see the same batch
+        if name not in batches:
+            batches[name] = next_batch(run, name)
+        return batches[name]
+
+    if config.rollouts is not None:
+        batches["experience"], control, found = make_experience(run, state, step, batch_of)
+        state = state.replace(control=control)
+        metrics |= found
+    learners = dict(state.learners)
+    for name, learner in config.learners.items():
+        if not learner.when(step):
+            continue
+        batch = batch_of(learner.batch)
+        others = weights_of(learner.scores, state.replace(learners=learners), run.frozen)
+        key = phase_key(config.seed, step, f"update/{name}")
+        with run.meter.phase(f"update/{name}", tokens=batch.tokens.size * learner.epochs):
+            learners[name], found = run.phases.update[name](learners[name], others, batch, key)
+            jax.block_until_ready(learners[name])
+        metrics |= {f"{name}/{metric}": x for metric, x in found.items()}
+        stop_if_stuck(run, learners[name], name, batch, step)
+    state = state.replace(step=state.step + 1, learners=learners)
+    metrics |= evaluate(run, state, step)
+    run.meter.write(step, metrics)
+    return state
+
+
+def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
+    """Prompts → rollout → reward → experience, the adapted control, and metrics."""
+    config, spec, phases = run.config, run.config.rollouts, run.phases
+    params = weights_of(tuple(config.models), state, run.frozen)
+    prompts = batch_of(spec.prompts)
+    key = phase_key(config.seed, step, "rollout")
+    with run.meter.phase("rollout") as count:
+        rollout = phases.generate(params[spec.policy], prompts, key, spec.sampling)
+        count(int(rollout.mask.sum()))
+    with run.meter.phase("reward"):
+        reward = checked_reward(run, rollout, params)
+    with run.meter.phase("score", tokens=rollout.tokens.size):
+        experience, control, metrics = phases.collect(rollout, reward, params, state.control)
+        jax.block_until_ready(experience)
+    return experience, control, metrics
+
+
+def checked_reward(run: Run, rollout: Rollout, params: Mapping[str, Params]) -> jax.Array:
+    """The reward of every row, after a look at it: nothing that is not finite is learned from."""
+    reward = run.phases.reward(rollout, params)
+    rewards.check(reward, rollout, decode=run.tokenizer.decode)
+    return jax.device_put(reward, sharding.rows(run.phases.mesh))
+
+
+def stop_if_stuck(run: Run, learner, name: str, batch, step: int) -> None:
+    """Stop after too many non-finite updates in a row, with the batch kept for a look at it."""
+    row = int(learner.skipped_row)
+    if row < run.config.max_skipped:
+        return
+    path = run.out / f"nonfinite_{name}_step{step}.npz"
+    leaves = {
+        sharding.path_name(where): np.asarray(x)
+        for where, x in jax.tree_util.tree_flatten_with_path(batch)[0]
+    }
+    np.savez(path, **leaves)
+    raise RunError(
+        f"{row} updates in a row of {name!r} were not finite (step {step}); its weights are those "
+        f"before them. The batch is in {path}. Lower the learning rate, or look for inf and nan in "
+        "the batch; max_skipped sets how many are allowed"
+    )
+
+
+def evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
+    """Losses on data that is not learned from: `eval/<name>/…`, means over a fixed set."""
+    metrics = {}
+    for name, spec in run.config.evaluation.items():
+        if not (_due(step + 1, spec.every) or step + 1 == run.config.steps or step == 0):
+            continue
+        learner = run.config.learners[spec.learner]
+        others = weights_of(learner.scores, state, run.frozen)
+        stream = iter(_open(run.config, spec.batch))  # afresh: the same batches every time
+        found = []
+        for _ in range(spec.batches):
+            batch = run.phases.place(next(stream))
+            found.append(
+                run.phases.evaluate[spec.learner](
+                    state.learners[spec.learner].params, others, batch
+                )
+            )
+        mean = jax.tree.map(lambda *x: jnp.stack(x).mean(), *found)
+        metrics |= {f"eval/{name}/{metric}": x for metric, x in mean.items()}
+    return metrics
+
+
+def measure_reward(run: Run, state: TrainState) -> TrainState:
+    """Mean and deviation of the reward over samples of the policy as it starts."""
+    spec = run.config.rollouts
+    if spec is None or not spec.normalise:
+        return state
+    params = weights_of(tuple(run.config.models), state, run.frozen)
+    stream = iter(_open(run.config, spec.prompts, seed=run.config.seed + 1))
+    scores: list[float] = []
+    while len(scores) < spec.normalise:
+        prompts = _prompts(run, next(stream))
+        key = phase_key(run.config.seed, len(scores), "measure")
+        rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
+        reward = checked_reward(run, rollout, params)
+        scores += np.asarray(reward, np.float64).sum(-1).tolist()
+    std = float(np.std(scores))
+    if not std > 0:
+        raise RunError(
+            f"the reward is {scores[0]:g} on all of {len(scores)} samples of the starting policy, "
+            "so it cannot be normalised: is the reward function right? rollouts.normalise=0 "
+            "leaves rewards as they are"
+        )
+    control = state.control.replace(
+        reward_mean=jnp.float32(np.mean(scores)), reward_std=jnp.float32(std)
+    )
+    return state.replace(control=jax.device_put(control, run.phases.shardings.control))
+
+
+def show_samples(run: Run, state: TrainState, step: int) -> None:
+    """Write what the policy says to the same prompts with the same random numbers."""
+    spec = run.config.rollouts
+    if spec is None or not spec.show:
+        return
+    params = weights_of(tuple(run.config.models), state, run.frozen)
+    prompts = _prompts(run, next(iter(_open(run.config, spec.prompts, seed=run.config.seed + 2))))
+    key = phase_key(run.config.seed, 0, "show")
+    rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
+    reward = np.asarray(checked_reward(run, rollout, params)).sum(-1)
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    used = np.asarray(rollout.segments) > 0
+    rows = []
+    for i in range(min(spec.show * spec.samples, len(tokens)))[:: spec.samples]:
+        rows.append(
+            {
+                "prompt": run.tokenizer.decode(tokens[i][used[i] & ~mask[i]].tolist()),
+                "response": run.tokenizer.decode(tokens[i][mask[i]].tolist()),
+                "reward": float(reward[i]),
+            }
+        )
+    run.meter.samples(step, rows)
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def _open(config: Config, name: str, seed: int | None = None):
+    shard = (jax.process_index(), jax.process_count())
+    return config.data[name](seed=config.seed if seed is None else seed, shard=shard)
+
+
+def open_streams(config: Config) -> dict[str, Iterator]:
+    """An iterator for every stream that a learner or the rollouts read."""
+    used = {learner.batch for learner in config.learners.values()} - {"experience"}
+    if config.rollouts is not None:
+        used.add(config.rollouts.prompts)
+    return {name: iter(_open(config, name)) for name in sorted(used)}
+
+
+def next_batch(run: Run, name: str):
+    """The next batch of a stream, looked at and placed on the mesh."""
+    batch = next(run.streams[name])
+    if isinstance(batch, Prompts):
+        return _prompts(run, batch)
+    mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
+    if mask[..., 0].any():
+        raise RunError(
+            f"data {name!r}: the mask is true at index 0, where nothing predicts the token; start "
+            "texts with BOS and leave it out of the mask"
+        )
+    _check_vocabulary(run, name, tokens, run.config.learners)
+    if isinstance(batch, Pairs) and tokens.ndim != 3:
+        raise RunError(f"data {name!r}: pairs are [n, k, t], got {tokens.shape}")
+    return run.phases.place(batch)
+
+
+def _prompts(run: Run, prompts: Prompts) -> Prompts:
+    """Prompts of this process, each as often as it is sampled, on the mesh."""
+    spec = run.config.rollouts
+    model = run.config.models[spec.policy]
+    longest = prompts.tokens.shape[1] + spec.length
+    if longest > model.context:
+        raise RunError(
+            f"prompts of up to {prompts.tokens.shape[1]} tokens and responses of up to "
+            f"{spec.length} make {longest}, but the model's context is {model.context}; shorten "
+            "one of them, or use a model with a longer context"
+        )
+    _check_vocabulary(run, spec.prompts, prompts.tokens, {spec.policy: None})
+    return run.phases.place(samples_of(prompts, spec.samples))
+
+
+def _check_vocabulary(run: Run, name: str, tokens, learners) -> None:
+    largest = int(np.max(tokens))
+    for learner in learners:
+        vocab = run.config.models[learner].vocab
+        if largest >= vocab:
+            raise RunError(
+                f"data {name!r} holds token {largest}, but the model of {learner!r} has a "
+                f"vocabulary of {vocab}; the tokenizer {run.config.tokenizer!r} does not fit it"
+            )
+
+
+# ------------------------------------------------------------------------------------ beginnings
+
+
+def begin(config: Config, phases: Phases, stages: Mapping[str, Path]):
+    """The state before the first step, with the weights that learners and frozen trees start from.
+
+    Raises:
+        ConfigError: if weights are missing or do not fit.
+    """
+    state = phases.init(config.seed)
+    learners = dict(state.learners)
+    for name, learner in config.learners.items():
+        if learner.start is not None:
+            source = _source(learner.start, stages, f"learners.{name}.start", learners)
+            learners[name] = learners[name].replace(
+                params=_filled(learners[name].params, source, f"learners.{name}", learner.start)
+            )
+    frozen = {}
+    for name, spec in config.frozen.items():
+        model = config.models[name]
+        shape = jax.eval_shape(model.init, jax.random.key(0))
+        parts = sharding.shardings(shape, phases.mesh)
+        target = jax.jit(model.init, out_shardings=parts)(jax.random.key(0))
+        source = _source(spec.start, stages, f"frozen.{name}.start", learners)
+        frozen[name] = _filled(target, source, f"frozen.{name}", spec.start)
+    return state.replace(learners=learners), frozen
+
+
+def _source(start: From, stages, where, learners) -> Params:
+    if start.path is not None and str(start.path).endswith(".safetensors"):
+        try:
+            return weights.load(start.path)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    if start.path is not None:
+        return restore_params(Path(start.path), start.learner)
+    if start.stage is not None:
+        if start.stage not in stages:
+            raise ConfigError(
+                f"{where}: no earlier stage {start.stage!r}; there are {sorted(stages) or 'none'}"
+            )
+        return restore_params(stages[start.stage], start.learner)
+    if start.learner not in learners:
+        raise ConfigError(f"{where}: no learner {start.learner!r}; valid: {sorted(learners)}")
+    return learners[start.learner].params
+
+
+def _filled(target, source, where, start):
+    try:
+        return weights.fill(target, source, origin=start.path or start.stage or start.learner)
+    except ValueError as error:
+        raise ConfigError(f"{where}.start: {error}") from error
+
+
+def abstract_state(config: Config, phases: Phases) -> TrainState:
+    """Shapes, dtypes and shardings of the whole state."""
+    shapes = jax.eval_shape(phases.init, config.seed)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, phases.shardings
+    )
+
+
+def abstract_frozen(config: Config, mesh) -> dict[str, Params]:
+    """The same for the frozen trees."""
+    found = {}
+    for name in config.frozen:
+        shapes = jax.eval_shape(config.models[name].init, jax.random.key(0))
+        found[name] = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            sharding.shardings(shapes, mesh),
+        )
+    return found
