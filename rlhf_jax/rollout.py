@@ -50,11 +50,14 @@ def filtered(logp: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v
     def cut(logp):
         ordered = jnp.sort(logp, axis=-1, descending=True)
         k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-        ordered = jnp.where(jnp.arange(vocab)[None] < k, ordered, -jnp.inf)
+        place = jnp.arange(vocab)[None]
+        ordered = jnp.where(place < k, ordered, -jnp.inf)
         p = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p
-        ordered = jnp.where((before < sampling.top_p) & (p > 0), ordered, jnp.inf)
-        least = ordered.min(axis=-1, keepdims=True)
+        # A float32 sum of probabilities reaches 1 long before its last term: 1 means all by itself.
+        kept = (before < sampling.top_p) | (sampling.top_p >= 1.0) | (place == 0)
+        kept &= ordered > -jnp.inf
+        least = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jax.nn.log_softmax(jnp.where(logp >= least, logp, -jnp.inf), axis=-1)
 
     # The sort over the vocabulary is paid for only when it does something.
@@ -74,9 +77,11 @@ def draw(logp: Float[Array, "b v"], uniform: Float[Array, "b"]) -> Int[Array, "b
     p = jnp.pad(jnp.exp(logp), ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
 
     def pick(mass, target):  # mass [b, n], target [b] -> index, mass before it
-        total = jnp.cumsum(mass, axis=-1)
-        last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
-        index = jnp.minimum((total <= target[:, None]).sum(-1), last)
+        # A parallel sum may rise, by rounding, where the mass is 0: look at what has mass only.
+        total, possible = jnp.cumsum(mass, axis=-1), mass > 0
+        beyond = possible & (total > target[:, None])
+        last = mass.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+        index = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
         return index, jnp.take_along_axis(total - mass, index[:, None], axis=-1)[:, 0]
 
     mass = p.sum(-1)
