@@ -1,0 +1,71 @@
+"""Score functions for worker processes, in a module that is quick to import."""
+
+import os
+import time
+
+
+def length(text):
+    return len(text)
+
+
+def seventy(text):
+    return 0.7
+
+
+def is_long(text):
+    return len(text) > 3
+
+
+def array_of_one(text):
+    import numpy as np
+
+    return np.float64(len(text))
+
+
+def hangs_on_b(text):
+    if "b" in text:
+        time.sleep(600)
+    return 1.0
+
+
+def slow(text):
+    time.sleep(0.3)
+    return 1.0
+
+
+def fails_on_b(text):
+    return {"a": 1.0}[text[-1]]
+
+
+def nan_on_b(text):
+    return float("nan") if "b" in text else 1.0
+
+
+def infinite_on_b(text):
+    return float("inf") if "b" in text else 1.0
+
+
+def two_on_b(text):
+    return [1.0, 2.0] if "b" in text else 1.0
+
+
+def none_on_b(text):
+    return None if "b" in text else 1.0
+
+
+def words(text):
+    return "0.7"
+
+
+def dies_on_b(text):
+    if "b" in text:
+        os._exit(3)
+    return 1.0
+
+
+def where(text):
+    return os.getpid()
+
+
+def platform(text):
+    return float(os.environ["JAX_PLATFORMS"] == "cpu" and "jax" not in __import__("sys").modules)
