@@ -3,8 +3,11 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs here are tiny: nearly all of the time is LLVM's, and XLA's own passes run all the same.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
 )
 
 import jax
@@ -18,6 +21,10 @@ install_import_hook(
 )
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import toys  # noqa: E402  (after the hook and the flags)
+
+from rlhf_jax.models.transformer import Transformer  # noqa: E402
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
@@ -29,3 +36,15 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """One tiny model for everyone, with both heads."""
+    return Transformer(vocab=32, width=32, layers=2, heads=8, kv_heads=4, mlp=64, value_head=True)
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Weights with logits of about unit size and a value head that is not zero."""
+    return toys.weights(model)

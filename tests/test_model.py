@@ -1,0 +1,202 @@
+"""The transformer against itself in other shapes, and against float64 arithmetic."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax.models.transformer import Transformer, dot_attention, index_in_segment
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 32, (4, 10)).astype(np.int32)
+
+
+def with_scan(model, params, scan):
+    """The model and its weights, scanned over the layers or not."""
+    if not scan:
+        return model, params
+    return replace(model, scan=True), toys.stacked(params, model.layers)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
+def either(request, model, params):
+    return with_scan(model, params, request.param)
+
+
+@pytest.fixture(scope="module")
+def hidden(either, tokens):
+    model, params = either
+    return np.asarray(jax.jit(model.apply)(params, tokens).hidden)
+
+
+def test_it_computes_what_float64_arithmetic_says(either, hidden, params, tokens):
+    unrolled = replace(either[0], scan=False)
+    expected, logits = toys.forward(unrolled, params, tokens)
+    assert_allclose(hidden, expected, atol=1e-5)
+    assert_allclose(unrolled.logits(params, jnp.asarray(hidden)), logits, atol=1e-5)
+
+
+def test_an_untied_head_is_its_own_matrix(model):
+    untied = replace(model, tied=False, layers=1)
+    params = toys.weights(untied)
+    hidden, logits = toys.forward(untied, params, np.arange(6)[None])
+    assert_allclose(untied.logits(params, jnp.asarray(hidden, jnp.float32)), logits, atol=1e-5)
+    assert "head" in params and "head" not in toys.weights(model)
+
+
+def test_decoding_with_a_cache_equals_the_full_forward(either, hidden, tokens):
+    """Prompts of different lengths, then one token at a time where each row stands."""
+    model, params = either
+    length, end = np.array([1, 3, 4, 2]), tokens.shape[1]
+    apply = jax.jit(model.apply)
+
+    positions = np.broadcast_to(np.arange(4), (4, 4))
+    prompt = np.where(positions < length[:, None], tokens[:, :4], 31)  # padding: whatever
+    out, cache = apply(params, prompt, positions=positions, cache=model.empty_cache(4, end))
+    for row, n in enumerate(length):
+        assert_allclose(out[row, :n], hidden[row, :n], atol=1e-5)
+    for step in range(end):
+        at = np.where(length + step < end, length + step, end)  # rows at their end write nothing
+        token = np.take_along_axis(tokens, np.minimum(at, end - 1)[:, None], axis=1)
+        out, cache = apply(params, token, positions=at[:, None], cache=cache)
+        for row in np.flatnonzero(at < end):
+            assert_allclose(out[row, 0], hidden[row, at[row]], atol=1e-5)
+
+
+def test_padding_and_packing_leave_every_token_as_it_was(model, params, tokens):
+    """Two texts in one row with padding behind them, against each text alone."""
+    apply = jax.jit(model.apply)
+    segments = np.array([[1] * 4 + [2] * 5 + [0]] * 4)
+    packed = apply(params, tokens, segments=segments).hidden
+    first = apply(params, tokens, segments=(np.arange(10) < 4)[None].repeat(4, 0) * 1).hidden
+    second = apply(params, np.roll(tokens, -4, 1), segments=np.array([[1] * 5 + [0] * 5] * 4))
+    assert_allclose(packed[:, :4], first[:, :4], atol=1e-5)
+    assert_allclose(packed[:, 4:9], second.hidden[:, :5], atol=1e-5)
+    expected, _ = toys.forward(model, params, tokens, segments)
+    assert_allclose(packed[:, :9], expected[:, :9], atol=1e-5)
+
+
+def test_what_padding_holds_changes_no_bit_of_the_text(model, params, tokens):
+    apply = jax.jit(model.apply)
+    segments = np.broadcast_to(np.arange(10) < 6, (4, 10)).astype(np.int32)
+    other = np.where(segments > 0, tokens, 17)
+    assert_array_equal(
+        apply(params, tokens, segments=segments).hidden[:, :6],
+        apply(params, other, segments=segments).hidden[:, :6],
+    )
+
+
+def test_positions_count_within_the_segment():
+    segments = jnp.array([[1, 1, 2, 2, 2, 3, 0, 0], [4, 5, 5, 5, 5, 5, 5, 0]])
+    expected = [[0, 1, 0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 0]]
+    assert_array_equal(index_in_segment(segments), expected)
+
+
+def test_remat_and_scan_leave_the_gradient_as_it_was(model, params, tokens):
+    def gradient(model, params):
+        def loss(params):
+            logits = model.logits(params, model.apply(params, tokens).hidden)
+            return -jax.nn.log_softmax(logits)[:, :, 3].mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain = gradient(model, params)
+    again = gradient(replace(model, remat=True), params)
+    jax.tree.map(partial(assert_allclose, atol=1e-6), again, plain)
+    both = gradient(replace(model, remat=True, scan=True), toys.stacked(params, model.layers))
+    jax.tree.map(partial(assert_allclose, atol=1e-6), both, toys.stacked(plain, model.layers))
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain)) > 1e-2
+
+
+def test_a_tap_reads_every_layer_and_replaces_what_it_wants(either, hidden, tokens):
+    model, params = either
+    seen = {}
+
+    def read(layer, h):
+        jax.debug.callback(lambda i, x: seen.update({int(i): np.asarray(x)}), layer, h)
+        return h
+
+    def normalised(h):
+        return toys._norm(h, np.asarray(params["final_norm"]["scale"]), model.norm_epsilon)
+
+    out = jax.jit(partial(model.apply, tap=read))(params, tokens).hidden
+    jax.effects_barrier()
+    assert_allclose(out, hidden, atol=1e-6)
+    assert sorted(seen) == [0, 1]
+    assert_allclose(normalised(seen[1]), hidden, atol=1e-5)
+
+    def replaced(layer, h):
+        return jnp.where(layer == 1, seen[0], h)
+
+    out = jax.jit(partial(model.apply, tap=replaced))(params, tokens).hidden
+    assert_allclose(out, normalised(seen[0]), atol=1e-5)
+
+
+def test_the_attention_kernel_can_be_swapped(model, params, tokens):
+    def slow(query, key, value, mask):
+        group = query.shape[2] // key.shape[2]
+        key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
+        logits = jnp.einsum("bthk,bshk->bhts", query, key) / query.shape[-1] ** 0.5
+        weight = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e9))
+        return jnp.einsum("bhts,bshk->bthk", weight, value)
+
+    def blind(query, key, value, mask):
+        """Every token sees itself only."""
+        return jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
+
+    plain = jax.jit(model.apply)(params, tokens).hidden
+    assert_allclose(jax.jit(partial(model.apply, attention=slow))(params, tokens).hidden, plain,
+                    atol=1e-5)  # fmt: skip
+    out = jax.jit(partial(model.apply, attention=blind))
+    same = np.flatnonzero(tokens[0] == tokens[0, 7])
+    changed = np.where(np.arange(10) == 7, tokens, (tokens + 1) % 32)
+    assert_allclose(out(params, tokens).hidden[:, 7], out(params, changed).hidden[:, 7], atol=1e-6)
+    assert np.abs(plain[0, 7] - out(params, tokens).hidden[0, 7]).max() > 1e-2, same
+
+
+def test_a_query_without_any_key_stays_finite():
+    x = jnp.ones((1, 2, 2, 4))
+    assert jnp.isfinite(dot_attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
+
+
+def test_a_fresh_model_values_everything_at_exactly_zero(model, tokens):
+    params = jax.jit(model.init)(jax.random.key(0))
+    hidden = jax.jit(model.apply)(params, tokens).hidden
+    assert_array_equal(model.value(params, hidden), 0.0)
+    assert 0.5 < float(jnp.sqrt((hidden**2).mean())) < 2
+    logits = model.logits(params, hidden)
+    assert float(jnp.abs(logits).max()) < 2  # near uniform: it starts knowing nothing
+
+
+def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, params, tokens):
+    half = replace(model, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))} == {
+        jnp.dtype("float32")
+    }
+    out = jax.jit(half.apply)(params, tokens)
+    assert out.hidden.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(half.empty_cache(1, 2))} == {jnp.dtype("bfloat16")}
+    logits = half.logits(params, out.hidden)
+    assert logits.dtype == half.value(params, out.hidden).dtype == jnp.float32
+    _, exact = toys.forward(model, params, tokens)
+    assert 1e-4 < np.abs(logits - exact).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads 4 must be a multiple of kv_heads 3"),
+        ({"width": 30}, "width 30 does not divide by heads 4"),
+        ({"head_dim": 5}, "head_dim 5 must be even"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Transformer(**({"vocab": 8, "width": 32, "heads": 4, "kv_heads": 2} | sizes))
