@@ -1,0 +1,241 @@
+"""Batches without end: text, prompts and pairs; shuffled, repeated, sharded, resumable.
+
+A stream is a function `(*, seed, shard, ...) -> grain.IterDataset`. Row g of the endless sequence
+(g // n epochs over n sentences, each in its own order) is decided by the seed and g alone; batch s
+is the rows s·batch .. (s+1)·batch − 1, and process i of k reads the i-th of k equal slices of it.
+So every global batch is the same, in the same order, whatever the number of processes, and the
+whole state of an iterator is one integer: `get_state()` and `set_state()` resume exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from rlhf_jax.data import DataError, snippets, tokenizers, vader
+from rlhf_jax.data.pairing import Partners, one_rater_each, same_part
+from rlhf_jax.types import Labeled, Pairs, Prompts
+
+# Rows: {"text": str}, and where there is feedback "score", "ratings", "part", "id". A source is the
+# rows, texts alone, or a function that returns either (called by every process when it starts).
+Rows = Sequence[Mapping | str]
+Source = Rows | Callable[[], Rows]
+BASE = partial(snippets.rows, split="base")
+REWARD = partial(snippets.rows, split="reward")
+HELDOUT = partial(snippets.rows, split="heldout")
+
+
+def text(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    length: int,
+    tokenizer: str | Path,
+    source: Source = BASE,
+    field: str = "text",
+    marks: bool = True,
+) -> grain.IterDataset:
+    """`Labeled`: BOS text EOS in rows of `length` tokens; longer texts are cut and have no EOS.
+
+    `score` is the row's "score" (snippets: mean rating, −4 to 4), `token_score` the valence of
+    VADER's lexicon (−4 to 4) on tokens of words it knows if `marks`; 0 where there is none.
+    """
+    encode = tokenizers.load(tokenizer)
+    _at_least(length, 2, "length")
+
+    def row(record, _) -> Labeled:
+        written = _text(record, field)
+        ids, offsets = encode.encode_with_offsets(written)
+        tokens, mask, segments = _row([encode.bos, *ids, encode.eos], length, encode.pad)
+        token_score = np.zeros(length, np.float32)
+        if marks:
+            found = vader.token_marks(written, offsets[: length - 1])
+            token_score[1 : 1 + len(found)] = found
+        return Labeled(
+            tokens=tokens, mask=mask, segments=segments, token_score=token_score,
+            score=np.float32(_get(record, "score", 0.0)),
+        )  # fmt: skip
+
+    if marks:
+        vader.lexicon()  # a missing network is reported here and not inside a thread
+    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch)
+
+
+def prompts(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    length: int,
+    tokenizer: str | Path,
+    words: tuple[int, int] = (2, 2),
+    empty: float = 0.0,
+    truncate: bool = False,
+    source: Source = HELDOUT,
+    field: str = "text",
+) -> grain.IterDataset:
+    """`Prompts`: BOS and a text's first k words, k uniform in `words` (both ends included).
+
+    A share `empty` of the prompts is BOS alone. A prompt of more than `length` tokens, BOS included,
+    is an error, or cut at its end with `truncate`. `prompt_id` is the row's place in the stream.
+
+    Raises:
+        DataError: while iterating, showing the prompt that does not fit.
+    """
+    encode = tokenizers.load(tokenizer)
+    _at_least(length, 1, "length")
+    low, high = words
+    if not 0 <= low <= high:
+        raise DataError(f"words={words}: needs 0 ≤ fewest ≤ most")
+    if not 0 <= empty <= 1:
+        raise DataError(f"empty={empty}: a share between 0 and 1")
+
+    def row(record, rng: np.random.Generator) -> Prompts:
+        count = 0 if rng.random() < empty else int(rng.integers(low, high + 1))
+        start = " ".join(_text(record, field).split()[:count])
+        ids = [encode.bos, *encode.encode(start)]
+        if len(ids) > length and not truncate:
+            raise DataError(
+                f"the prompt {start!r} has {len(ids)} tokens with BOS, more than length={length}; "
+                "raise length, ask for fewer words, or pass truncate=True"
+            )
+        tokens, _, segments = _row(ids, length, encode.pad)
+        return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
+
+    def number(place: int, prompt: Prompts) -> Prompts:
+        return prompt.replace(prompt_id=np.int32(place % 2**31))
+
+    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=number)
+
+
+def pairs(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    length: int,
+    tokenizer: str | Path,
+    gap: float = 1.0,
+    group: Callable[[Mapping], object] = same_part,
+    label: Callable[..., bool] = one_rater_each,
+    source: Source = REWARD,
+    field: str = "text",
+) -> grain.IterDataset:
+    """`Pairs`: two rated texts of one `group`, the preferred one first; `batch` counts pairs.
+
+    Every text in turn meets a partner drawn evenly from those of its group whose mean rating lies
+    at least `gap` away. Who is preferred, `label` decides: by default one real rater of each text
+    (ties between them drawn again), so annotator noise is that of people; `mean_rating` gives
+    noiseless labels to measure accuracy with. `partial(same_words, count=2)` compares continuations
+    of one two-word prompt.
+    """
+    encode = tokenizers.load(tokenizer)
+    _at_least(length, 2, "length")
+    partners = Partners(_rows(source), gap=gap, group=group, field=field)
+
+    def row(place: int, rng: np.random.Generator) -> Pairs:
+        one, other = partners.draw(place, rng)
+        if not label(one["ratings"], other["ratings"], rng):
+            one, other = other, one
+        both = [
+            _row([encode.bos, *encode.encode(_text(x, field)), encode.eos], length, encode.pad)
+            for x in (one, other)
+        ]
+        tokens, mask, segments = (np.stack(x) for x in zip(*both, strict=True))
+        return Pairs(tokens=tokens, mask=mask, segments=segments)
+
+    return _stream(range(len(partners)), row, seed=seed, shard=shard, batch=batch)
+
+
+# ------------------------------------------------------------------------------------ the machinery
+
+
+def _stream(records, row, *, seed, shard, batch, number=None) -> grain.IterDataset:
+    """Shuffle, repeat, make rows, take this process's slices, batch. `row(record, rng) -> tree`."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise DataError(f"shard={shard}: needs 0 ≤ index < count")
+    _at_least(batch, 1, "batch")
+    if batch % count:
+        raise DataError(
+            f"batch={batch} does not divide over {count} processes; "
+            f"use a multiple of {count}, such as {-(-batch // count) * count}"
+        )
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed={seed}: must be at least 0 and below 2**32")
+    rows = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(row)
+    if number is not None:
+        rows = rows.map_with_index(number)
+    mine = grain.MapDataset.source(_Slices(rows, batch=batch, index=index, count=count))
+    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=_stack)
+    # One thread and a few batches ahead: rows are cheap, and the device needs the host's cores.
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+class _Slices:
+    """This process's rows, in order: its slice of batch 0, of batch 1, and so on."""
+
+    def __init__(self, rows, *, batch: int, index: int, count: int):
+        self.rows, self.batch, self.index, self.mine = rows, batch, index, batch // count
+
+    def __len__(self) -> int:
+        return sys.maxsize // self.batch * self.mine
+
+    def __getitem__(self, at: int):
+        step, place = divmod(int(at), self.mine)
+        return self.rows[step * self.batch + self.index * self.mine + place]
+
+    def __repr__(self) -> str:
+        return f"slice {self.index} of batches of {self.batch}"
+
+
+def _stack(rows):
+    return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def _row(ids: list[int], length: int, pad: int):
+    """Tokens, mask and segments `[length]`; the mask is true on everything but BOS and padding."""
+    used = min(len(ids), length)
+    tokens = np.full(length, pad, np.int32)
+    tokens[:used] = ids[:used]
+    segments = (np.arange(length) < used).astype(np.int32)
+    mask = segments > 0
+    mask[0] = False
+    return tokens, mask, segments
+
+
+def _rows(source: Source) -> Rows:
+    rows = source() if callable(source) else source
+    if isinstance(rows, str):
+        raise DataError(
+            f"a source is a sequence of texts or a function, not the text {rows[:40]!r}"
+        )
+    if len(rows) == 0:
+        name = getattr(source, "func", source) if callable(source) else "the sequence given"
+        raise DataError(f"the data set is empty: {name} has no rows")
+    return rows
+
+
+def _get(record: Mapping | str, name: str, default):
+    return default if isinstance(record, str) else record.get(name, default)
+
+
+def _text(record: Mapping | str, field: str) -> str:
+    if isinstance(record, str):
+        return record
+    if field not in record:
+        raise DataError(f"rows have no field {field!r}; they have {', '.join(record)}")
+    value = record[field]
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _at_least(value: int, least: int, name: str) -> None:
+    if value < least:
+        raise DataError(f"{name}={value}: must be at least {least}")

@@ -1,0 +1,178 @@
+"""Text to tokens and back: any `tokenizer.json` of the `tokenizers` library, or plain bytes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers as library
+
+from rlhf_jax.data import DataError
+from rlhf_jax.types import Sequences
+
+# Names in use for the three tokens every batch needs; a file that has exactly one of each loads
+# without a word. "<|endoftext|>" and the like mean different things in different files: say it.
+KNOWN = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "bos": ("<bos>", "<s>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>"),
+    "eos": ("<eos>", "</s>", "[EOS]", "<|end_of_text|>"),
+}
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that knows its padding, beginning and end.
+
+    `encode` adds no special token and never turns text such as "<eos>" into one, so that only the
+    framework decides where a text begins and ends.
+    """
+
+    def __init__(self, base: library.Tokenizer, *, pad: str, bos: str, eos: str):
+        base.no_padding()
+        base.no_truncation()
+        base.encode_special_tokens = True
+        self.base = base
+        self.pad, self.bos, self.eos = (self._known(base, name) for name in (pad, bos, eos))
+        added = base.get_added_tokens_decoder()
+        self.specials = frozenset(i for i, token in added.items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included: the least `vocab` a model needs."""
+        return max(self.base.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id(self, token: str) -> int:
+        """Number of a token by its name, e.g. of the control token `<good>`.
+
+        Raises:
+            DataError: if there is no such token.
+        """
+        return self._known(self.base, token)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without BOS or EOS."""
+        return self.base.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens, and the characters (start, end) that each was made from."""
+        encoding = self.base.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
+        """Text of tokens; padding, BOS, EOS and control tokens are left out unless `specials`."""
+        ids = [int(i) for i in ids]
+        if not specials:
+            return self.base.decode(ids, skip_special_tokens=True)
+        parts, plain = [], []  # in stretches: a decoder may treat a special token as a word
+        for i in ids:
+            if i in self.specials:
+                parts += [self.base.decode(plain), self.base.id_to_token(i)]
+                plain = []
+            else:
+                plain.append(i)
+        return " ".join(part for part in [*parts, self.base.decode(plain)] if part)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of rows of tokens, special tokens left out."""
+        return [self.decode(row) for row in np.asarray(batch).tolist()]
+
+    @staticmethod
+    def _known(base: library.Tokenizer, token: str) -> int:
+        number = base.token_to_id(token)
+        if number is None:
+            raise DataError(
+                f"the tokenizer has no token {token!r}; its special tokens: {_special_names(base)}"
+            )
+        return number
+
+
+def load(
+    name: str | Path,
+    *,
+    pad: str | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
+    add: Sequence[str] = (),
+) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json` (a path, or its folder), or "bytes".
+
+    `pad`, `bos` and `eos` name tokens where the usual names do not find them. `add` appends special
+    tokens to the vocabulary (control tokens, or a missing `<pad>`): the model needs as many more
+    rows. Nothing is guessed: padding is the end token only if you say `pad=` that it is.
+
+    Raises:
+        DataError: if there is no such file, it cannot be read, or one of the three is missing.
+    """
+    return _load(str(name), pad, bos, eos, tuple(add))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(name, pad, bos, eos, add) -> Tokenizer:
+    if name == "bytes":
+        base = byte_base()
+    else:
+        path = Path(name).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise DataError(
+                f'there is no tokenizer file {path}; give a tokenizer.json, its folder, or "bytes"'
+            )
+        try:
+            base = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+    if add:
+        base.add_special_tokens(
+            [library.AddedToken(t, special=True, normalized=False) for t in add]
+        )
+    named = {"pad": pad, "bos": bos, "eos": eos}
+    found = {role: given or _find(base, role, name) for role, given in named.items()}
+    return Tokenizer(base, **found)
+
+
+def _find(base: library.Tokenizer, role: str, name: str) -> str:
+    """The one usual name of a role that the vocabulary has."""
+    there = [token for token in KNOWN[role] if base.token_to_id(token) is not None]
+    if len(there) == 1:
+        return there[0]
+    why = f"several tokens that could be {role}: {there}" if there else f"no usual {role} token"
+    advice = f'say which with {role}="..."'
+    if not there:
+        advice += f', or append one with add=("<{role}>",)'
+    raise DataError(f"{name} has {why}; {advice}. Its special tokens: {_special_names(base)}")
+
+
+def _special_names(base: library.Tokenizer) -> str:
+    names = [token.content for token in base.get_added_tokens_decoder().values()]
+    return ", ".join(names[:20]) or "none"
+
+
+def byte_base() -> library.Tokenizer:
+    """UTF-8 bytes as 256 tokens behind `<pad> <bos> <eos> <good> <bad>`: no file, any text."""
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<bos>", "<eos>", "<good>", "<bad>"]
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    base = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
+    base.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.decoder = library.decoders.ByteLevel()
+    base.add_special_tokens(
+        [library.AddedToken(t, special=True, normalized=False) for t in specials]
+    )
+    return base
+
+
+def texts(tokenizer: Tokenizer, batch: Sequences, *, part: str = "all") -> list[str]:
+    """Texts of the rows of a Rollout or Labeled batch, to read them.
+
+    `part`: "all", "response" (where the mask is true) or "prompt" (the text before it).
+    """
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    used = np.asarray(batch.segments) > 0
+    if part == "response":
+        used = used & mask
+    elif part == "prompt":
+        used = used & (np.cumsum(mask, axis=-1) == 0)
+    elif part != "all":
+        raise DataError(f'part {part!r}: valid are "all", "response" and "prompt"')
+    return [tokenizer.decode(row[keep]) for row, keep in zip(tokens, used, strict=True)]
