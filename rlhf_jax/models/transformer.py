@@ -252,7 +252,8 @@ class _Decoder(nn.Module):
     def __call__(self, tokens, positions, segments, cache=None):
         c = self.config
         hidden = _Embed(c.vocab, c.width, name="embed")(tokens).astype(c.dtype)
-        hidden = split_rows(hidden)
+        # A weight of 0 does not hide a nan: padding enters as zeros, whatever its row holds.
+        hidden = split_rows(jnp.where((segments > 0)[:, :, None], hidden, 0))
         if cache is None:
             index = jnp.arange(tokens.shape[1])
             causal = index[:, None] >= index[None, :]
