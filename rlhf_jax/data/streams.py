@@ -83,7 +83,7 @@ def prompts(
 ) -> grain.IterDataset:
     """`Prompts`: BOS and a text's first k words, k uniform in `words` (both ends included).
 
-    A share `empty` of the prompts is BOS alone. A prompt of more than `length` tokens, BOS included,
+    A share `empty` of the prompts is BOS alone. A prompt of more than `length` tokens, with BOS,
     is an error, or cut at its end with `truncate`. `prompt_id` is the row's place in the stream.
 
     Raises:
