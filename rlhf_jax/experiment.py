@@ -17,7 +17,7 @@ from rlhf_jax.config import Config, ConfigError, Pipeline
 
 
 def load(file: str | Path) -> Config | Pipeline:
-    """The value of `config()` in a Python file; it may import the files beside it.
+    """The value of `config()` in a Python file; it may import files beside it or one folder up.
 
     Raises:
         ConfigError: if there is no such file, no `config` in it, or it returns something else.
@@ -27,10 +27,11 @@ def load(file: str | Path) -> Config | Pipeline:
         raise ConfigError(f"there is no experiment file {file}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    # As for a script, the files beside it can be imported; and the module itself can be found by
-    # name, which lets worker processes unpickle the functions that it defines.
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    # The module itself can be found by name, which lets worker processes unpickle the functions
+    # that it defines.
+    for folder in (path.parent.parent, path.parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     if not callable(getattr(module, "config", None)):

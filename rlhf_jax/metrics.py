@@ -1,0 +1,159 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard events, samples.jsonl, a progress line.
+
+Only host 0 writes. Metrics are written one step late, so that a step never waits for its numbers;
+`flush` writes what is pending. A resumed run drops the lines of steps that it will take again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+
+# What the progress line shows, if it is there: metric, label, format.
+SHOWN = (
+    ("reward/score", "reward", "{:+.3f}"),
+    ("kl/sequence", "KL", "{:.2f}"),
+    ("speed/rollout", "rollout", "{:,.0f} tok/s"),
+)
+
+
+class Meter:
+    """The writers of one run (or one stage of a pipeline); use it as a context manager."""
+
+    def __init__(self, out: Path, *, name: str, start: int, total: int):
+        self.name, self.start, self.total = name, start, total
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._phases: dict[str, tuple[float, int]] = {}  # seconds, tokens
+        self._began = self._said = time.monotonic()
+        self._host = jax.process_index() == 0
+        self._console = Console()
+        self._progress: Progress | None = None
+        if not self._host:
+            return
+        self._files = {}
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            keep_lines_before(out / file, start if file == "metrics.jsonl" else start + 1)
+            self._files[file] = (out / file).open("a")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start, flush_secs=30)
+
+    def __enter__(self) -> Meter:
+        if self._host and self._console.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[said]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task(
+                self.name, total=self.total, completed=self.start, said="compiling"
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.flush()
+        if self._progress is not None:
+            self._progress.stop()
+        if self._host:
+            for file in self._files.values():
+                file.close()
+            self._board.close()
+
+    @contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[Callable[[int], None]]:
+        """Time what is inside, which must wait for its device; yields a way to say its tokens."""
+        count = [tokens]
+        began = time.perf_counter()
+        yield lambda n: count.__setitem__(0, n)
+        seconds, before = self._phases.get(name, (0.0, 0))
+        self._phases[name] = (seconds + time.perf_counter() - began, before + count[0])
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take a step's metrics, arrays still on the device, with the phases timed since the last.
+
+        `time/<phase>` is seconds, `speed/<phase>` tokens per second; the first step's compilation
+        is in them.
+        """
+        self.flush()
+        timed: dict[str, Any] = {}
+        for name, (seconds, tokens) in self._phases.items():
+            timed[f"time/{name}"] = seconds
+            if tokens:
+                timed[f"speed/{name}"] = tokens / max(seconds, 1e-9)
+        self._phases = {}
+        self._pending = (step, {**metrics, **timed})
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(np.asarray(x)) for name, x in metrics.items()}
+        if not self._host:
+            return
+        row: dict[str, Any] = {"step": step, "wall": round(time.time(), 3)}
+        # JSON has no nan: such a value is null.
+        row |= {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self._append("metrics.jsonl", row)
+        for name, x in values.items():
+            self._board.add_scalar(name, x, step)
+        self._show(step + 1, values)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write texts: `{"prompt", "response", "reward", ...}`, said by the weights of a step."""
+        if self._host:
+            for row in rows:
+                self._append("samples.jsonl", {"step": step, **row})
+
+    def _append(self, file: str, row: Mapping[str, Any]) -> None:
+        self._files[file].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._files[file].flush()
+
+    def _show(self, done: int, values: Mapping[str, float]) -> None:
+        parts = [f"{label} {form.format(values[m])}" for m, label, form in SHOWN if m in values]
+        if not any(m in values for m, *_ in SHOWN):
+            parts = [f"{m} {x:.3f}" for m, x in values.items() if m.endswith("/loss")][:2]
+            parts += [f"{x:,.0f} tok/s" for m, x in values.items() if m.startswith("speed/")][:1]
+        said = "  ".join(parts)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, said=said)
+            return
+        now = time.monotonic()
+        if now - self._said < LINE_SECONDS and done not in (self.start + 1, self.total):
+            return
+        self._said = now
+        left = (now - self._began) / max(1, done - self.start) * (self.total - done)
+        print(f"{self.name} {done}/{self.total}  {said}  {left:.0f} s left", flush=True)
+
+
+def keep_lines_before(path: Path, step: int) -> None:
+    """Drop lines of a .jsonl file whose `step` is not below `step`, and a half-written last one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            found = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if found < step:
+            kept.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
