@@ -142,7 +142,7 @@ def pairs(
 
     def row(place: int, rng: np.random.Generator) -> Pairs:
         one, other = partners.draw(place, rng)
-        if not label(one["ratings"], other["ratings"], rng):
+        if not label(np.asarray(one["ratings"]), np.asarray(other["ratings"]), rng):
             one, other = other, one
         both = [
             _row([encode.bos, *encode.encode(_text(x, field)), encode.eos], length, encode.pad)
