@@ -77,7 +77,7 @@ def optimizer_step(state, frozen, batch, *, learner, models):
 
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, sums), grads = _sum_over_parts(lambda part: grad(state.params, part), micro)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     state = apply_gradients(state, grads, jnp.isfinite(value) & jnp.isfinite(norm), learner)
     return state, (sums, {"loss": value, "grad_norm": norm})
 
