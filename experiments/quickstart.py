@@ -14,9 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import jax.numpy as jnp
 import quickstart_base as base
 from quickstart_verdict import verdict
 
+from rlhf_jax import masked
 from rlhf_jax.advantages import gae, whitened
 from rlhf_jax.config import (
     Checkpointing,
@@ -28,7 +30,7 @@ from rlhf_jax.config import (
     Pipeline,
     Rollouts,
 )
-from rlhf_jax.data import pairing, snippets, streams
+from rlhf_jax.data import pairing, snippets, streams, tokenizers
 from rlhf_jax.objectives import ppo, reward_model, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_model, missing_eos
@@ -36,8 +38,8 @@ from rlhf_jax.rollout import Sampling
 
 SCALAR = replace(base.MODEL, lm_head=False, value_head=True)
 PAD, BOS, EOS, UNK, GOOD, BAD = range(6)
-SAMPLING = Sampling(stop=(EOS,), banned=(PAD, BOS, UNK, GOOD, BAD))
-STEPS = {"reward": 120, "ppo": 80}
+SAMPLING = Sampling(temperature=0.8, stop=(EOS,), banned=(PAD, BOS, UNK, GOOD, BAD))
+STEPS = {"reward": 160, "ppo": 80}
 
 
 def rows(split: str):
@@ -45,8 +47,21 @@ def rows(split: str):
     return partial(snippets.rows, split=split, parts=base.PARTS)
 
 
+def openings(split: str) -> list[str]:
+    """The first four words of a split's sentences, where the tokenizer knows them all."""
+    encode = tokenizers.load(base.TOKENIZER).encode
+    texts = (" ".join(row["text"].split()[:4]) for row in rows(split)())
+    return [text for text in texts if UNK not in encode(text)]
+
+
+def too_short(reward, rollout, *, coefficient: float, least: int):
+    """Takes coefficient · max(least − tokens, 0) from the last token: praise in a word is cheap."""
+    missing = jnp.maximum(least - rollout.mask.sum(axis=1), 0)
+    return reward - masked.at_last(coefficient * missing, rollout.mask)
+
+
 def prompts(split: str, batch: int):
-    """The first two to four words of a split's sentences."""
+    """Two to four words to go on from."""
     return partial(
         streams.prompts,
         batch=batch,
@@ -54,7 +69,7 @@ def prompts(split: str, batch: int):
         tokenizer=base.TOKENIZER,
         words=(2, 4),
         truncate=True,
-        source=rows(split),
+        source=partial(openings, split),
     )
 
 
@@ -79,7 +94,7 @@ def reward() -> Config:
                 batch="pairs",
                 start=From(path=base.WEIGHTS),
                 optimizer=partial(
-                    adam, learning_rate=1e-3, final=0.1, steps=steps, warmup=10, weight_decay=0.1
+                    adam, learning_rate=1e-3, final=0.05, steps=steps, warmup=10, weight_decay=0.3
                 ),
             )
         },
@@ -123,8 +138,11 @@ def policy_gradient() -> Config:
             partial(from_model, model=SCALAR, learner="reward"),
             length=24,
             sampling=SAMPLING,
-            kl=KL(initial=0.1, adaptive=True, target=6.0, horizon=2_000),
-            shaping=(partial(missing_eos, penalty=1.0),),
+            kl=KL(initial=0.15, adaptive=True, target=4.0, horizon=2_000),
+            shaping=(
+                partial(missing_eos, penalty=0.5),
+                partial(too_short, coefficient=0.1, least=14),
+            ),
             normalise=512,
             advantage=partial(whitened, advantage=partial(gae, discount=1.0, trace=0.95)),
             show=12,
