@@ -416,7 +416,7 @@ def test_no_two_names_share_a_sample():
     def samples(names):
         prompts = prompts_ending_in(*([0] * 6), width=1)
         prompts = prompts.replace(prompt_id=names[:, 0], sample_id=names[:, 1])
-        flat = {"table": jnp.zeros((12, 12))}
+        flat = toys.markov(np.zeros((12, 12)))
         return np.asarray(run(flat, prompts, jax.random.key(0)).tokens)
 
     tokens = samples(names)

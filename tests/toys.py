@@ -22,24 +22,33 @@ class Table:
 
     def init(self, key):
         table = jax.random.normal(key, (self.size, self.size), jnp.float32)
-        return {"table": table, "values": jnp.zeros((self.size,), jnp.float32)}
+        return markov(table, jnp.zeros((self.size,), jnp.float32))
 
     def apply(self, params, tokens, *, positions=None, segments=None, cache=None):
         return Output(jax.nn.one_hot(tokens, self.size), cache)
 
     def logits(self, params, hidden):
-        return hidden @ params["table"]
+        return hidden @ params["head"]["kernel"]
 
     def value(self, params, hidden):
-        return hidden @ params["values"]
+        return (hidden @ params["value_head"]["kernel"])[..., 0]
 
     def empty_cache(self, rows, length):
         return jnp.zeros((rows, length), jnp.float32)
 
 
+def markov(table, values=None):
+    """Weights of a `Table`, under names that have a sharding rule."""
+    values = jnp.zeros(len(table)) if values is None else values
+    return {
+        "head": {"kernel": jnp.asarray(table, jnp.float32)},
+        "value_head": {"kernel": jnp.asarray(values, jnp.float32)[:, None]},
+    }
+
+
 def chain(size, sharpness=50.0):
     """Weights of a `Table` that surely counts upwards: token i is followed by i + 1."""
-    return {"table": sharpness * jnp.eye(size)[(jnp.arange(size) + 1) % size]}
+    return markov(sharpness * jnp.eye(size)[(jnp.arange(size) + 1) % size])
 
 
 def weights(model, seed=0):

@@ -1,0 +1,473 @@
+"""The update and what comes before it: nothing but the batch's content decides what is learned."""
+
+from dataclasses import replace
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax import masked, objectives, phases, sharding
+from rlhf_jax.advantages import gae
+from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
+from rlhf_jax.optimizer import adam, sgd
+from rlhf_jax.rewards import KL
+from rlhf_jax.step import collect, evaluate, optimizer_step, update
+from rlhf_jax.types import Control, Rollout, Terms
+
+TABLE = toys.Table(32)
+ADAM = partial(adam, learning_rate=1e-3, epsilon=1e-5)
+
+
+def learner_of(objective, model=TABLE, **fields):
+    fields = {"batch": "text", "optimizer": partial(sgd, learning_rate=1.0)} | fields
+    return Learner(model, objective, **fields)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A learner's state over a table; `sgd` and `adam` states share the weights."""
+
+    def make(learner, seed=0):
+        return jax.jit(partial(phases.init_learner, learner=learner))(jax.random.key(seed))
+
+    return make
+
+
+def gradient(state, batch, learner, frozen=None):
+    """Loss, gradient and metrics of one optimiser step, read off plain gradient descent."""
+    run = jax.jit(partial(optimizer_step, learner=learner, models={"reference": TABLE}))
+    new, (sums, plain) = run(state, frozen or {}, batch)
+    grads = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), state.params,
+                         new.params)  # fmt: skip
+    return float(plain["loss"]), grads, jax.device_get(sums)
+
+
+def updated(state, batch, learner):
+    run = jax.jit(partial(update, learner=learner, models={}))
+    return jax.device_get(run(state, {}, batch, jax.random.key(0)))
+
+
+def evaluated(params, batch, learner):
+    return jax.jit(partial(evaluate, learner=learner, models={}))(params, {}, batch)
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert_allclose(a[0], b[0], rtol=tolerance)
+    jax.tree.map(partial(assert_allclose, atol=tolerance, rtol=tolerance), a[1], b[1])
+    jax.tree.map(partial(assert_allclose, atol=1e-4, rtol=tolerance), a[2], b[2])
+
+
+def weighted(scores, batch, *, power=1.0):
+    """Two terms: a per-token one with its own count, a per-sequence one."""
+    mask = batch.mask.astype(jnp.float32)
+    length = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    token = Terms(
+        -scores.logp * batch.token_score,
+        weight=mask,
+        count=mask / length,
+        scale=0.5,
+        metrics={"logp": scores.logp},
+    )
+    whole = masked.sum(scores.logp, batch.mask, axis=-1)
+    rows = Terms(whole**2, weight=(batch.score > 0).astype(jnp.float32), metrics={"x": whole})
+    return {"token": token, "row": rows}
+
+
+@pytest.fixture(scope="module")
+def plain(state):
+    learner = learner_of(weighted)
+    start = state(learner)
+    return start, learner, gradient(start, toys.labeled(), learner)
+
+
+@pytest.mark.parametrize("parts", [2, 16])
+def test_k_micro_batches_are_one(plain, parts):
+    start, learner, whole = plain
+    again = gradient(start, toys.labeled(), replace(learner, microbatches=parts))
+    assert_same(again, whole)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(whole[1])) > 1e-2
+
+
+def test_more_columns_of_padding_change_nothing(plain):
+    start, learner, whole = plain
+    batch = toys.labeled()
+    wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 5))) if x.ndim > 1 else x, batch)
+    wide = wide.replace(tokens=np.where(wide.segments > 0, wide.tokens, 29))
+    assert_same(gradient(start, wide, learner), whole)
+
+
+def test_the_order_of_rows_changes_nothing(plain):
+    start, learner, whole = plain
+    order = np.random.default_rng(0).permutation(16)
+    batch = jax.tree.map(lambda x: x[order], toys.labeled())
+    assert_same(gradient(start, batch, replace(learner, microbatches=4)), whole)
+
+
+def test_terms_are_divided_once_each_by_its_own_count(plain):
+    """The same number by hand, term by term, in float64."""
+    start, _, (loss, grads, sums) = plain
+    batch = toys.labeled()
+    table = np.asarray(start.params["head"]["kernel"], np.float64)
+    logp = table - np.log(np.exp(table).sum(1, keepdims=True))
+    token, rows, count = 0.0, 0.0, 0.0
+    for row, mask in enumerate(batch.mask):
+        at = np.flatnonzero(mask)
+        own = logp[batch.tokens[row, at - 1], batch.tokens[row, at]]
+        token += -(own * batch.token_score[row, at]).sum()
+        count += 1.0  # 1/length at each of its tokens
+        rows += own.sum() ** 2 * (batch.score[row] > 0)
+    expected = 0.5 * token / count + rows / (batch.score > 0).sum()
+    assert_allclose(loss, expected, rtol=1e-5)
+    assert_allclose(sums["row/x"][1], (batch.score > 0).sum())
+    assert_allclose(sums["token/logp"][1], batch.mask.sum())
+    assert set(sums) == {"token/logp", "row/x"}
+    assert np.abs(grads["value_head"]["kernel"]).max() == 0
+
+
+def test_a_minibatch_without_weight_teaches_nothing_and_is_finite(plain):
+    start, learner, _ = plain
+    batch = toys.labeled()
+    batch = batch.replace(mask=np.zeros_like(batch.mask), score=-np.ones(16, np.float32))
+    loss, grads, _ = gradient(start, batch, learner)
+    assert loss == 0
+    jax.tree.map(lambda x: assert_array_equal(x, 0.0), grads)
+
+
+def test_nan_where_the_weight_is_zero_touches_nothing(plain):
+    start, learner, whole = plain
+    batch = toys.labeled()
+    batch = batch.replace(token_score=np.where(batch.mask, batch.token_score, np.nan))
+    assert_same(gradient(start, batch, learner), whole)
+
+
+def test_an_evaluation_gives_the_loss_of_the_same_batch(plain):
+    start, learner, (loss, _, sums) = plain
+    learner = replace(learner, microbatches=2)
+    found = evaluated(start.params, toys.labeled(), learner)
+    assert_allclose(found["loss"], loss, rtol=1e-5)
+    assert_allclose(found["row/x"], sums["row/x"][0] / sums["row/x"][1], rtol=1e-5)
+
+
+def test_minibatches_partition_the_batch_and_every_epoch_sees_all_of_it(state):
+    """Each row's own gradient is counted: in every epoch exactly once, in another order."""
+
+    def note(scores, batch):
+        metrics = {f"row{i}": (batch.score == i).astype(jnp.float32) for i in range(16)}
+        return Terms(jnp.zeros(batch.score.shape) + 0 * scores.logp.sum(),
+                     jnp.ones(batch.score.shape), metrics=metrics)  # fmt: skip
+
+    learner = learner_of(note, epochs=3, minibatches=4, microbatches=2)
+    batch = toys.labeled().replace(score=np.arange(16, dtype=np.float32))
+    new, metrics = updated(state(learner), batch, learner)
+    assert int(new.step) == 12
+    for i in range(16):
+        assert_allclose(metrics[f"row{i}"], 1 / 16, rtol=1e-6)
+
+
+def test_rows_that_do_not_divide_are_refused_with_a_size_that_does(state):
+    learner = learner_of(objectives.mle, minibatches=3, microbatches=2)
+    message = "16 rows does not divide into 3 minibatches of 2 micro-batches.*such as 18"
+    with pytest.raises(ValueError, match=message):
+        update(state(learner), {}, toys.labeled(), jax.random.key(0), learner=learner, models={})
+
+
+def test_a_transform_comes_before_the_objective_and_never_in_an_evaluation(state):
+    def halved(batch, key):
+        return batch.replace(mask=batch.mask & (jnp.arange(12) < 6)[None])
+
+    def counted(scores, batch):
+        return Terms(scores.logp, batch.mask.astype(jnp.float32),
+                     metrics={"late": (jnp.arange(12) >= 6)[None] & batch.mask})  # fmt: skip
+
+    learner = learner_of(counted, transform=halved)
+    start = state(learner)
+    _, metrics = updated(start, toys.labeled(), learner)
+    assert float(metrics["late"]) == 0
+    found = evaluated(start.params, toys.labeled(), learner)
+    assert float(found["late"]) > 0
+
+
+# --- updates that are not finite, and tracing
+
+
+def spoiled(scores, batch):
+    """Not finite if any score says so; a loss whose gradient alone is not, if it says -2."""
+    loss = -scores.logp + jnp.where(batch.score > 9, jnp.inf, 0.0)[:, None]
+    root = jnp.sqrt(jnp.where(batch.score < -9, 0.0, 1.0)[:, None] * scores.logp**2)
+    return Terms(loss + root, batch.mask.astype(jnp.float32))
+
+
+def test_a_gradient_that_is_not_finite_changes_no_bit_and_is_counted_and_one_trace_does_it(state):
+    learner = learner_of(spoiled, optimizer=partial(adam, learning_rate=0.1))
+
+    @chex.assert_max_traces(n=1)
+    def once(state, batch, key):
+        return update(state, {}, batch, key, learner=learner, models={})
+
+    step, key = jax.jit(once), jax.random.key(0)
+    good = toys.labeled()
+    bad = good.replace(score=np.where(np.arange(16) == 3, 10, 0).astype(np.float32))
+    steep = good.replace(score=np.full(16, -10, np.float32))
+
+    first, metrics = step(state(learner), good, key)
+    assert int(first.step) == 1 and float(metrics["skipped"]) == 0
+    second, metrics = step(first, bad, key)
+    assert float(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
+    third, metrics = step(second, steep, key)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert (int(third.skipped), int(third.skipped_row), int(third.step)) == (2, 2, 1)
+    jax.tree.map(assert_array_equal, (third.params, third.opt_state),
+                 (first.params, first.opt_state))  # fmt: skip
+    fourth, _ = step(third, good, key)
+    assert (int(fourth.skipped), int(fourth.skipped_row), int(fourth.step)) == (2, 0, 2)
+    assert np.abs(fourth.params["head"]["kernel"] - third.params["head"]["kernel"]).max() > 1e-3
+
+
+# --- several seeds in one program
+
+
+def assert_eight_runs_are_one_program(learner, batches):
+    """`batches` [steps, seeds, ...]: vmapped updates against single ones."""
+    one = partial(update, learner=learner, models={})
+    alone, together = jax.jit(one), jax.jit(jax.vmap(one, in_axes=(0, None, 0, 0)))
+
+    def key_of(seed, step):
+        return jax.random.fold_in(jax.random.key(seed), step)
+
+    def pick(tree, seed):
+        return jax.tree.map(lambda x: x[seed], tree)
+
+    make = jax.jit(jax.vmap(lambda i: phases.init_learner(jax.random.key(i), learner=learner)))
+    keys = jax.jit(jax.vmap(key_of, in_axes=(0, None)))
+    start = state = jax.device_get(make(np.arange(8)))
+    for step, batch in enumerate(batches):
+        state, metrics = together(state, {}, batch, keys(np.arange(8), step))
+    state, metrics = jax.device_get((state, metrics))
+    assert metrics["loss"].shape == metrics["skipped"].shape == (8,)
+    for seed in range(8):
+        single = pick(start, seed)
+        for step, batch in enumerate(batches):
+            single, metric = alone(single, {}, pick(batch, seed), key_of(seed, step))
+        same = partial(assert_allclose, atol=1e-5)
+        jax.tree.map(same, pick(state, seed), jax.device_get(single))
+        assert_allclose(metrics["loss"][seed], metric["loss"], rtol=1e-5)
+    moved = state.params["embed"]["embedding"] - start.params["embed"]["embedding"]
+    assert np.abs(moved[0] - moved[1]).max() > 1e-3
+
+
+def per_seed(make, seeds=range(8)):
+    return jax.tree.map(lambda *x: np.stack(x), *(make(seed=s) for s in seeds))
+
+
+def test_eight_seeds_in_one_program_learn_what_eight_runs_learn(model):
+    """Ten steps of supervised learning."""
+    learner = learner_of(objectives.mle, replace(model, layers=1), optimizer=ADAM)
+    batches = [per_seed(partial(toys.labeled, 4), range(8 * i, 8 * i + 8)) for i in range(10)]
+    assert_eight_runs_are_one_program(learner, batches)
+
+
+def test_eight_seeds_in_one_program_take_the_same_ppo_step(model):
+    """Two epochs of two minibatches on given rollouts; policy and critic on one trunk."""
+    parts = {"policy": objectives.ppo, "value": objectives.value}
+    learner = learner_of(
+        partial(objectives.combine, **parts),
+        replace(model, layers=1),
+        optimizer=ADAM,
+        epochs=2,
+        minibatches=2,
+        batch="experience",
+    )
+    batches = [per_seed(partial(toys.experience, 4))]
+    assert_eight_runs_are_one_program(learner, batches)
+
+
+# --- from a rollout to experience
+
+CRITIC = toys.Table(32, value_head=True)
+MODELS = {"policy": TABLE, "reference": TABLE, "critic": CRITIC}
+
+
+def rollout_of(rows=16, **fields):
+    made = toys.experience(rows)
+    kept = {name: getattr(made, name) for name in Rollout.__dataclass_fields__}
+    return Rollout(**(kept | fields))
+
+
+def control_of(kl=0.0, mean=0.0, std=1.0):
+    return Control(jnp.float32(kl), jnp.float32(mean), jnp.float32(std))
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Weights by name; the critic's values are its state's."""
+    rng = np.random.default_rng(0)
+
+    return {n: toys.markov(rng.normal(size=(32, 32)), rng.normal(size=32)) for n in MODELS}
+
+
+def collected(rollout, reward, tables, control=None, **spec):
+    spec = {"advantage": partial(gae, trace=0.95), "kl": KL(adaptive=False)} | spec
+    rollouts = Rollouts(reward=None, length=8, **spec)
+    run = jax.jit(partial(collect, spec=rollouts, models=MODELS))
+    return jax.device_get(run(rollout, reward, tables, control or control_of()))
+
+
+def last_token(score, rollout):
+    return np.asarray(masked.at_last(jnp.asarray(score, jnp.float32), jnp.asarray(rollout.mask)))
+
+
+def test_a_reward_of_0_7_arrives_as_0_7(tables):
+    rollout = rollout_of()
+    experience, _, metrics = collected(rollout, last_token(np.full(16, 0.7), rollout), tables)
+    assert experience.reward.dtype == experience.advantage.dtype == np.float32
+    assert_array_equal(experience.reward.sum(1), np.float32(0.7))
+    assert_array_equal(experience.reward[~rollout.mask], 0.0)
+    assert_allclose(metrics["reward/score"], np.float32(0.7), rtol=1e-6)
+    assert metrics["reward/score_std"] < 1e-6
+
+
+def test_the_rewards_sum_to_the_score_minus_beta_times_the_kl(tables):
+    rollout = rollout_of()
+    score = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    experience, control, metrics = collected(
+        rollout, last_token(score, rollout), tables, control_of(kl=0.3)
+    )
+    kl = (experience.old_logp - experience.ref_logp).sum(1)
+    assert np.abs(kl).min() > 0.01
+    assert_allclose(experience.reward.sum(1), score - 0.3 * kl, atol=1e-5)
+    assert_allclose(metrics["kl/sequence"], kl.mean(), rtol=1e-5)
+    assert_allclose(metrics["reward/total"], (score - 0.3 * kl).mean(), rtol=1e-4)
+    assert metrics["kl/coefficient"] == control.kl_coefficient == np.float32(0.3)
+    gap = np.abs(rollout.logp - experience.old_logp)[rollout.mask]
+    assert_allclose(metrics["rollout/mismatch"], gap.max(), rtol=1e-6)
+    assert_allclose(metrics["rollout/length"], rollout.mask.sum(1).mean(), rtol=1e-6)
+
+
+def test_each_model_says_what_its_own_weights_say(tables):
+    """Policy, reference and critic by hand, at the rollout's temperature."""
+    rollout = rollout_of()
+    experience, *_ = collected(rollout, np.zeros((16, 12), np.float32), tables)
+    for name, found in (("policy", experience.old_logp), ("reference", experience.ref_logp)):
+        x = np.asarray(tables[name]["head"]["kernel"], np.float64) / 0.7
+        logp = x - np.log(np.exp(x).sum(1, keepdims=True))
+        for row, t in np.argwhere(rollout.mask):
+            expected = logp[rollout.tokens[row, t - 1], rollout.tokens[row, t]]
+            assert_allclose(found[row, t], expected, atol=1e-5)
+    values = np.asarray(tables["critic"]["value_head"]["kernel"])[:, 0]
+    expected = np.where(rollout.mask, np.roll(values[rollout.tokens], 1, axis=1), 0)
+    assert_array_equal(experience.value, expected)
+
+
+def test_scoring_a_rollout_in_parts_changes_nothing(tables):
+    rollout = rollout_of()
+    reward = last_token(np.arange(16), rollout)
+    whole = collected(rollout, reward, tables, control_of(0.1))
+    parts = collected(rollout, reward, tables, control_of(0.1), microbatches=4)
+    jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-6), parts, whole)
+
+
+def test_an_adaptive_coefficient_follows_the_kl_and_a_fixed_one_does_not(tables):
+    rollout = rollout_of()
+    reward = np.zeros((16, 12), np.float32)
+    kl = KL(adaptive=True, target=1.0, horizon=100)
+    _, control, metrics = collected(rollout, reward, tables, control_of(0.3), kl=kl)
+    error = np.clip(metrics["kl/sequence"] / 1.0 - 1, -0.2, 0.2)
+    assert error == np.float32(0.2) or error == np.float32(-0.2)
+    assert_allclose(control.kl_coefficient, 0.3 * (1 + error * 16 / 100), rtol=1e-6)
+    assert metrics["kl/coefficient"] == np.float32(0.3)  # of this step
+
+
+def test_normalising_and_shaping_come_before_the_kl_and_leave_the_score_metric_alone(tables):
+    def shifted(reward, rollout):
+        return reward + masked.at_last(jnp.ones(16), rollout.mask)
+
+    rollout = rollout_of()
+    reward = last_token(np.full(16, 5.0), rollout)
+    control = control_of(kl=0.2, mean=1.0, std=2.0)
+    experience, _, metrics = collected(
+        rollout, reward, tables, control, normalise=8, shaping=(shifted,)
+    )
+    kl = (experience.old_logp - experience.ref_logp).sum(1)
+    assert_allclose(experience.reward.sum(1), (5 - 1) / 2 + 1 - 0.2 * kl, atol=1e-5)
+    assert_allclose(metrics["reward/score"], 5.0, rtol=1e-6)
+
+
+def test_without_a_reference_there_is_no_kl_and_without_a_critic_no_value(tables):
+    rollout = rollout_of()
+    reward = last_token(np.ones(16), rollout)
+    only = {"policy": tables["policy"]}
+    experience, _, metrics = collected(
+        rollout, reward, only, control_of(kl=0.5), reference=None, value=None
+    )
+    assert metrics["kl/sequence"] == 0
+    assert_array_equal(experience.reward, reward)
+    assert_array_equal(experience.value, 0.0)
+    assert_allclose(experience.target.max(1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_before_the_first_update_the_kl_is_0_and_every_ratio_1(
+    model, params, identity, temperature
+):
+    """Actor = reference; and the ratio with other chunks and parts than `collect` scored with."""
+    heat = np.full(16, temperature, np.float32)
+    experience, metrics, found = identity(rollout_of(temperature=heat))
+    assert np.abs(experience.old_logp - experience.ref_logp).max() < 1e-5
+    assert abs(metrics["kl/sequence"]) < 1e-5
+    assert np.abs(experience.old_logp).max() > 1
+    assert_allclose(found["ratio"], 1.0, atol=1e-5)
+    assert found["clip_fraction"] == 0
+    assert_allclose(found["kl_k3"], 0.0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def identity(model, params):
+    spec = Rollouts(reward=None, length=8, value=None, kl=KL(adaptive=False))
+    models = {"policy": model, "reference": model}
+    learner = Learner(model, objectives.ppo, microbatches=2, chunk=24)
+
+    @jax.jit
+    def run(rollout):
+        both = {"policy": params, "reference": jax.tree.map(jnp.copy, params)}
+        reward = masked.at_last(jnp.ones(16), rollout.mask)
+        experience, _, metrics = collect(
+            rollout, reward, both, control_of(0.1), spec=spec, models=models
+        )
+        return experience, metrics, evaluate(params, {}, experience, learner=learner, models={})
+
+    return lambda rollout: jax.device_get(run(rollout))
+
+
+def test_the_reference_is_neither_changed_nor_given_away_by_an_update():
+    """The learner's own buffers are: an update needs no second copy of the state."""
+    learner = learner_of(
+        objectives.reference_kl, vocab=objectives.reference_kl_vocab, scores=("reference",)
+    )
+    config = Config(
+        "kl",
+        steps=1,
+        learners={"policy": learner},
+        data={"text": partial(dict, batch=16)},
+        frozen={"reference": Frozen(From("policy"))},
+    )
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        built = phases.build(config, mesh)
+        state = built.init(0).learners["policy"]
+        reference = jax.tree.map(lambda x: x + 1.0 * jnp.sin(37 * x), state.params)
+        before = jax.device_get(reference)
+        batch = built.place(toys.labeled())
+        for step in range(3):
+            given = state
+            state, metrics = built.update["policy"](
+                state, {"reference": reference}, batch, jax.random.key(step)
+            )
+            assert all(x.is_deleted() for x in jax.tree.leaves(given.params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(reference))
+    jax.tree.map(assert_array_equal, jax.device_get(reference), before)
+    assert metrics["loss"] > 0 and int(state.step) == 3
