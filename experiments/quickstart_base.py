@@ -36,7 +36,7 @@ def text(split: str, batch: int):
     """Sentences of one split as a stream."""
     source = partial(snippets.rows, split=split, parts=PARTS)
     return partial(
-        streams.text, batch=batch, length=LENGTH, tokenizer=TOKENIZER, source=source, marks=False
+        streams.text, batch=batch, length=LENGTH, tokenizer=TOKENIZER, source=source, marks=None
     )
 
 

@@ -1,0 +1,272 @@
+"""Whole runs of experiments/smoke.py: resume, meshes, signals, and what stops a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import objectives
+from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner
+from rlhf_jax.data import streams
+from rlhf_jax.experiment import load
+from rlhf_jax.hostpool import RewardError
+from rlhf_jax.train import RunError, train
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+SMOKE = EXPERIMENTS / "smoke.py"
+
+
+def smoke(**changes) -> Config:
+    return replace(load(SMOKE), mesh=(1, 1, 1), **changes)
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def log(out):
+    """metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "speed", "wall")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_users_machine(tmp_path_factory):
+    """A mesh takes the first devices it needs, and programs are compiled once for all runs."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from rlhf_jax import sharding
+
+    whole = sharding.make_mesh
+
+    def make(shape, devices=None):
+        n = int(np.prod(shape))
+        return whole(shape, devices if devices is not None else jax.devices()[:n])
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four steps without a stop: the state at the end, and its directory."""
+    out = tmp_path_factory.mktemp("whole")
+    return train(smoke(steps=4), out), out
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(whole, tmp_path):
+    state, out = whole
+    train(smoke(steps=2), tmp_path)
+    resumed = train(smoke(steps=4), tmp_path, resume=True)
+    assert bits(resumed) == bits(state)
+    assert log(tmp_path)[-2:] == log(out)[-2:]
+    assert [row["step"] for row in log(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_the_reward_model_learns_at_every_second_step_and_the_others_at_each(whole):
+    state, _ = whole
+    steps = {name: int(learner.step) for name, learner in state.learners.items()}
+    assert steps == {"policy": 8, "critic": 8, "reward": 2}
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    train(smoke(steps=1, seed=1), tmp_path)
+    assert log(tmp_path)[0] != log(whole[1])[0]
+
+
+def test_a_run_resumes_on_another_mesh_from_the_same_bits(whole, tmp_path):
+    state, _ = whole
+    train(smoke(steps=3), tmp_path)
+    resumed = train(replace(smoke(steps=4), mesh=(2, 2, 2)), tmp_path, resume=True)
+    # The weights restored are the same bits; one step later only the order of sums differs.
+    chex.assert_trees_all_close(
+        jax.device_get(resumed.learners["reward"].params),
+        jax.device_get(state.learners["reward"].params),
+        atol=1e-5,
+    )
+    chex.assert_trees_all_close(
+        jax.device_get(resumed.learners["policy"].params),
+        jax.device_get(state.learners["policy"].params),
+        atol=2e-3,  # Adam's step is ~1e-3 whatever the gradient's size
+    )
+
+
+def test_resume_without_a_checkpoint_starts_at_0_and_says_so(whole, tmp_path, capsys):
+    train(smoke(steps=1), tmp_path, resume=True)
+    assert "no complete checkpoint" in capsys.readouterr().out
+
+
+def _stuck(scores, batch):
+    terms = objectives.ppo(scores, batch)
+    return terms.replace(loss=terms.loss * jnp.inf)
+
+
+def test_non_finite_updates_stop_the_run_with_the_batch_dumped(whole, tmp_path):
+    config = smoke(steps=4)
+    learners = {**config.learners}
+    learners["policy"] = replace(learners["policy"], objective=_stuck)
+    with pytest.raises(RunError, match=r"updates in a row of 'policy'.*nonfinite_policy_step\d"):
+        train(replace(config, learners=learners, max_skipped=3), tmp_path)
+    (path,) = tmp_path.glob("nonfinite_policy_step*.npz")
+    assert "advantage" in np.load(path)
+
+
+def _nan_reward(rollout, params):
+    at = rollout.mask & (jnp.arange(rollout.mask.shape[0]) == 3)[:, None]
+    return jnp.where(at, jnp.nan, 0.0).astype(jnp.float32)
+
+
+def _short_reward(rollout, params):
+    return jnp.zeros(rollout.mask.shape[0], jnp.float32)
+
+
+def _raising_reward(rollout, params):
+    raise RewardError("the judge is out")
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (_nan_reward, "row 3 is not finite"),
+        (_short_reward, "a reward is float32 of the rollout's shape"),
+        (_raising_reward, "the judge is out"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_and_is_shown(reward, says, tmp_path):
+    config = smoke(steps=1)
+    rollouts = replace(config.rollouts, reward=reward, show=0)
+    with pytest.raises((RewardError, RunError), match=says):
+        train(replace(config, rollouts=rollouts), tmp_path)
+
+
+def test_prompts_that_exceed_the_context_are_refused(tmp_path):
+    config = smoke(steps=1)
+    long = replace(config, rollouts=replace(config.rollouts, length=60, show=0))
+    with pytest.raises(RunError, match=r"make 68, but the model's context is 64"):
+        train(long, tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
+    config = smoke(steps=1)
+    learner = config.learners["policy"]
+    small = replace(learner, model=replace(learner.model, vocab=64))
+    config = replace(
+        config,
+        learners={**config.learners, "policy": small},
+        rollouts=replace(config.rollouts, show=0),
+    )
+    with pytest.raises(RunError, match=r"vocabulary of 64.*does not fit"):
+        train(config, tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(whole, tmp_path):
+    _, out = whole
+    config = smoke(steps=1)
+    learner = config.learners["policy"]
+    other = replace(
+        learner, model=replace(learner.model, width=64), start=From("policy", path=str(out))
+    )
+    config = replace(config, learners={**config.learners, "policy": other})
+    with pytest.raises(ConfigError, match=r"shape: .*the model wants"):
+        train(config, tmp_path)
+
+
+def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
+    base = smoke()
+    text = partial(
+        streams.text,
+        batch=8,
+        length=24,
+        tokenizer="bytes",
+        source=[row["text"] for row in load_rows()],
+        marks=None,
+    )
+    config = Config(
+        name="sft",
+        steps=3,
+        mesh=(1, 1, 1),
+        data={"text": text},
+        learners={"policy": Learner(base.learners["policy"].model, objectives.mle, batch="text")},
+        checkpoint=Checkpointing(every=10),
+    )
+    train(config, tmp_path)
+    losses = [row["policy/loss"] for row in log(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def load_rows():
+    load(SMOKE)
+    return sys.modules["smoke"].ROWS
+
+
+# ------------------------------------------------------------------------ as a user's process
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf_jax", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def wait_for_lines(path, n, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and len(path.read_text().splitlines()) >= n:
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_resumes_as_if_it_had_never_stopped(how, whole, tmp_path):
+    out = tmp_path / "run"
+    settings = ["--set", "mesh=(1,1,1)", "--set", "checkpoint.every=1"]
+    process = command("train", SMOKE, "--out", out, *settings, "--set", "steps=1000")
+    wait_for_lines(out / "metrics.jsonl", 3, process)
+    process.send_signal(how)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == (0 if how == signal.SIGTERM else -9), text
+    if how == signal.SIGTERM:
+        assert "is saved" in text
+    saved = len(list((out / "checkpoints").glob("[0-9]*")))
+    assert saved, text
+    steps = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()) + 2
+    process = command(
+        "train", SMOKE, "--out", out, *settings, "--set", f"steps={steps}", "--resume"
+    )
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, text
+    rows = log(out)
+    assert [row["step"] for row in rows] == list(range(steps))
+    assert (out / "report.html").is_file()
