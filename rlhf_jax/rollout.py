@@ -104,6 +104,24 @@ class _Row(NamedTuple):
     behaviour_logp: Float[Array, "b t"]
 
 
+def _start(prompts: Prompts, length: int, pad: int) -> tuple[_Row, Bool[Array, "b t"]]:
+    """Rows before the first response token, and where their prompts are."""
+    b, p = prompts.tokens.shape
+    prompt = jnp.arange(p + length)[None, :] < prompts.length[:, None]
+    padded = jnp.pad(prompts.tokens, ((0, 0), (0, length)), constant_values=pad)
+    zeros = jnp.zeros((b, p + length), jnp.float32)
+    state = _Row(
+        index=jnp.int32(0),
+        token=jnp.zeros((b,), jnp.int32),
+        done=jnp.zeros((b,), bool),
+        tokens=jnp.where(prompt, padded, pad).astype(jnp.int32),
+        mask=jnp.zeros((b, p + length), bool),
+        logp=zeros,
+        behaviour_logp=zeros,
+    )
+    return state, prompt
+
+
 def generate(
     params: Params,
     prompts: Prompts,
@@ -154,19 +172,7 @@ def generate(
             behaviour_logp=put(state.behaviour_logp, of_token(behaviour)),
         )
 
-    index = jnp.arange(p + length)
-    prompt = index[None, :] < prompts.length[:, None]
-    padded = jnp.pad(prompts.tokens, ((0, 0), (0, length)), constant_values=pad)
-    zeros = jnp.zeros((b, p + length), jnp.float32)
-    state = _Row(
-        jnp.int32(0),
-        jnp.zeros((b,), jnp.int32),
-        jnp.zeros((b,), bool),
-        jnp.where(prompt, padded, pad).astype(jnp.int32),
-        jnp.zeros((b, p + length), bool),
-        zeros,
-        zeros,
-    )
+    state, prompt = _start(prompts, length, pad)
     # Padding of a short prompt is written to the cache too, behind it: each such place is
     # overwritten by a response token before anything attends to it.
     positions = jnp.broadcast_to(jnp.arange(p), (b, p))

@@ -223,6 +223,25 @@ def load_rows():
     return sys.modules["smoke"].ROWS
 
 
+def test_the_value_function_can_be_a_head_on_the_policys_trunk(tmp_path):
+    config = smoke(steps=2)  # the reward model says 0 until it has learned
+    model = replace(config.learners["policy"].model, value_head=True)
+    objective = partial(
+        objectives.combine, policy=objectives.ppo, value=partial(objectives.value, coefficient=0.1)
+    )
+    config = replace(
+        config,
+        learners={
+            "policy": Learner(model, objective),
+            "reward": config.learners["reward"],
+        },
+        rollouts=replace(config.rollouts, value="policy", show=0),
+    )
+    state = train(config, tmp_path)
+    assert np.abs(np.asarray(state.learners["policy"].params["value_head"]["kernel"])).max() > 0
+    assert {"policy/policy/ratio", "policy/value/squared_error"} <= set(log(tmp_path)[0])
+
+
 # ------------------------------------------------------------------------ as a user's process
 
 
