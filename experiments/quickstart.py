@@ -40,6 +40,7 @@ SCALAR = replace(base.MODEL, lm_head=False, value_head=True)
 PAD, BOS, EOS, UNK, GOOD, BAD = range(6)
 SAMPLING = Sampling(temperature=0.8, stop=(EOS,), banned=(PAD, BOS, UNK, GOOD, BAD))
 STEPS = {"reward": 160, "ppo": 80}
+SEED = 1  # settings were chosen with seed 0
 
 
 def rows(split: str):
@@ -81,6 +82,7 @@ def reward() -> Config:
     )  # fmt: skip
     return Config(
         name="reward",
+        seed=SEED,
         steps=steps,
         tokenizer=base.TOKENIZER,
         data={
@@ -109,6 +111,7 @@ def policy_gradient() -> Config:
     optimizer = partial(adam, learning_rate=3e-4, final=0.1, steps=steps * 8, warmup=16)
     return Config(
         name="ppo",
+        seed=SEED,
         steps=steps,
         tokenizer=base.TOKENIZER,
         data={"prompts": prompts("base", 64)},
@@ -155,5 +158,5 @@ def policy_gradient() -> Config:
 def config() -> Pipeline:
     """Reward model, PPO, verdict."""
     run = policy_gradient()
-    judge = partial(verdict, run=run, prompts=prompts("heldout", 512), seed=7)
+    judge = partial(verdict, run=run, prompts=prompts("heldout", 512), seed=SEED + 10)
     return Pipeline("quickstart", {"reward": reward(), "ppo": run, "verdict": judge})
