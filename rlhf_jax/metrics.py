@@ -24,11 +24,7 @@ from tensorboardX import SummaryWriter
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 # What the progress line shows, if it is there: metric, label, format.
-SHOWN = (
-    ("reward/score", "reward", "{:+.3f}"),
-    ("kl/sequence", "KL", "{:.2f}"),
-    ("speed/rollout", "rollout", "{:,.0f} tok/s"),
-)
+SHOWN = (("reward/score", "reward", "{:+.3f}"), ("kl/sequence", "KL", "{:.2f}"))
 
 
 class Meter:
@@ -46,7 +42,10 @@ class Meter:
             return
         self._files = {}
         for file in ("metrics.jsonl", "samples.jsonl"):
-            keep_lines_before(out / file, start if file == "metrics.jsonl" else start + 1)
+            # Samples of step 0 are from before the first step: a run that starts over takes them
+            # again, one that goes on does not.
+            first = start if file == "metrics.jsonl" or start == 0 else start + 1
+            keep_lines_before(out / file, first)
             self._files[file] = (out / file).open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start, flush_secs=30)
 
@@ -67,13 +66,15 @@ class Meter:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.flush()
-        if self._progress is not None:
-            self._progress.stop()
-        if self._host:
-            for file in self._files.values():
-                file.close()
-            self._board.close()
+        try:
+            self.flush()
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
+            if self._host:
+                for file in self._files.values():
+                    file.close()
+                self._board.close()
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[Callable[[int], None]]:
@@ -97,6 +98,9 @@ class Meter:
             if tokens:
                 timed[f"speed/{name}"] = tokens / max(seconds, 1e-9)
         self._phases = {}
+        for x in metrics.values():
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
         self._pending = (step, {**metrics, **timed})
 
     def flush(self) -> None:
@@ -104,9 +108,9 @@ class Meter:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(np.asarray(x)) for name, x in metrics.items()}
         if not self._host:
             return
+        values = {name: _number(name, x) for name, x in metrics.items()}
         row: dict[str, Any] = {"step": step, "wall": round(time.time(), 3)}
         # JSON has no nan: such a value is null.
         row |= {name: x if math.isfinite(x) else None for name, x in values.items()}
@@ -122,14 +126,26 @@ class Meter:
                 self._append("samples.jsonl", {"step": step, **row})
 
     def _append(self, file: str, row: Mapping[str, Any]) -> None:
-        self._files[file].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._files[file].flush()
+        try:
+            self._files[file].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._files[file].flush()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self._files[file].name}: {error.strerror}; free some space, then "
+                "resume the run: lines past its last checkpoint will be written again"
+            ) from error
 
     def _show(self, done: int, values: Mapping[str, float]) -> None:
         parts = [f"{label} {form.format(values[m])}" for m, label, form in SHOWN if m in values]
-        if not any(m in values for m, *_ in SHOWN):
+        if not parts:
             parts = [f"{m} {x:.3f}" for m, x in values.items() if m.endswith("/loss")][:2]
-            parts += [f"{x:,.0f} tok/s" for m, x in values.items() if m.startswith("speed/")][:1]
+        speeds = [
+            f"{name.removeprefix('speed/')} {_short(x)}"
+            for name, x in values.items()
+            if name.startswith("speed/")
+        ]
+        if speeds:
+            parts.append("tok/s: " + ", ".join(speeds))
         said = "  ".join(parts)
         if self._progress is not None:
             self._progress.update(self._task, completed=done, said=said)
@@ -140,6 +156,22 @@ class Meter:
         self._said = now
         left = (now - self._began) / max(1, done - self.start) * (self.total - done)
         print(f"{self.name} {done}/{self.total}  {said}  {left:.0f} s left", flush=True)
+
+
+def _number(name: str, x: Any) -> float:
+    x = np.asarray(x)
+    if x.ndim:
+        raise ValueError(f"metric {name!r} has shape {x.shape}; a metric is one number")
+    return float(x)
+
+
+def _short(x: float) -> str:
+    """1234 → 1.2k."""
+    for unit in ("", "k", "M"):
+        if x < 1000:
+            return f"{x:.3g}{unit}"
+        x /= 1000
+    return f"{x:.3g}G"
 
 
 def keep_lines_before(path: Path, step: int) -> None:
