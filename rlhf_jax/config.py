@@ -17,6 +17,9 @@ from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
 
 
+RESERVED = ("self", "rollout", "eval", "time", "speed")  # prefixes of metrics, and of logits
+
+
 class ConfigError(ValueError):
     """A mistake in an experiment or an override; the message says what is valid."""
 
@@ -172,6 +175,10 @@ def check(config: Config, *, devices: int) -> None:
             raise ConfigError(f"{where}: there is no {name!r}; valid: {', '.join(sorted(valid))}")
 
     streams = set(config.data) | ({"experience"} if config.rollouts is not None else set())
+    for name in {*config.learners, *config.frozen} & set(RESERVED):
+        raise ConfigError(f"no learner or frozen tree may be called {name!r}: metrics are")
+    if both := set(config.learners) & set(config.frozen):
+        raise ConfigError(f"{', '.join(both)}: both a learner and frozen; rename one")
     for name, learner in config.learners.items():
         exists(learner.batch, streams, f"learners.{name}.batch")
         for other in learner.scores:

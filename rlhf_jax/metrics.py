@@ -24,7 +24,7 @@ from tensorboardX import SummaryWriter
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 # What the progress line shows, if it is there: metric, label, format.
-SHOWN = (("reward/score", "reward", "{:+.3f}"), ("kl/sequence", "KL", "{:.2f}"))
+SHOWN = (("rollout/reward", "reward", "{:+.3f}"), ("rollout/kl", "KL", "{:.2f}"))
 
 
 class Meter:

@@ -22,12 +22,12 @@ Rows = list[dict[str, Any]]
 
 # Panels that every run with rollouts has: title, unit, metrics. The rest is found by its name.
 PANELS = (
-    ("Reward", "per sample", ("reward/score", "reward/total")),
-    ("KL(policy‖reference)", "nats per sample", ("kl/sequence",)),
+    ("Reward", "per sample", ("rollout/reward", "rollout/return")),
+    ("KL(policy‖reference)", "nats per sample", ("rollout/kl",)),
     ("Entropy", "nats per token", ("rollout/entropy",)),
     ("Length of responses", "tokens", ("rollout/length",)),
 )
-LEGEND = {"reward/score": "score", "reward/total": "after KL and penalties"}
+LEGEND = {"rollout/reward": "score", "rollout/return": "after KL and penalties"}
 
 
 class ReportError(ValueError):

@@ -236,11 +236,11 @@ def collect(
         )
     gap = jnp.abs(rollout.logp - old.logp)
     metrics = {
-        "reward/score": outcome.mean(),
-        "reward/score_std": outcome.std(),
-        "reward/total": masked.sum(total, mask, axis=-1).mean(),
-        "kl/sequence": kl.mean(),
-        "kl/coefficient": control.kl_coefficient,
+        "rollout/reward": outcome.mean(),
+        "rollout/reward_std": outcome.std(),
+        "rollout/return": masked.sum(total, mask, axis=-1).mean(),
+        "rollout/kl": kl.mean(),
+        "rollout/kl_coefficient": control.kl_coefficient,
         "rollout/length": mask.sum(-1).mean(dtype=jnp.float32),
         "rollout/ended": rollout.ended.mean(dtype=jnp.float32),
         "rollout/entropy": masked.mean(old.entropy, mask),

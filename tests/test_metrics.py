@@ -40,13 +40,13 @@ def events(directory):
 def test_every_step_is_one_line_and_one_event(tmp_path):
     with meter(tmp_path) as m:
         for step in range(4):
-            m.write(step, {"reward/score": jnp.float32(step / 2), "policy/loss": 1.5})
+            m.write(step, {"rollout/reward": jnp.float32(step / 2), "policy/loss": 1.5})
     found = rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in found] == [0, 1, 2, 3]
     assert all(type(row["step"]) is int for row in found)
-    assert [row["reward/score"] for row in found] == [0.0, 0.5, 1.0, 1.5]
+    assert [row["rollout/reward"] for row in found] == [0.0, 0.5, 1.0, 1.5]
     assert all(abs(row["wall"] - time.time()) < 60 for row in found)
-    assert ("reward/score", 3, 1.5) in events(tmp_path / "tensorboard")
+    assert ("rollout/reward", 3, 1.5) in events(tmp_path / "tensorboard")
 
 
 def test_metrics_are_written_one_step_late_so_that_no_step_waits(tmp_path):
@@ -134,7 +134,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monke
         for step in range(50):
             with m.phase("rollout", tokens=10):
                 pass
-            m.write(step, {"reward/score": 0.25, "kl/sequence": 3.0})
+            m.write(step, {"rollout/reward": 0.25, "rollout/kl": 3.0})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("ppo 1/50  reward +0.250  KL 3.00  tok/s: rollout ")

@@ -327,8 +327,8 @@ def test_a_reward_of_0_7_arrives_as_0_7(tables):
     assert experience.reward.dtype == experience.advantage.dtype == np.float32
     assert_array_equal(experience.reward.sum(1), np.float32(0.7))
     assert_array_equal(experience.reward[~rollout.mask], 0.0)
-    assert_allclose(metrics["reward/score"], np.float32(0.7), rtol=1e-6)
-    assert metrics["reward/score_std"] < 1e-6
+    assert_allclose(metrics["rollout/reward"], np.float32(0.7), rtol=1e-6)
+    assert metrics["rollout/reward_std"] < 1e-6
 
 
 def test_the_rewards_sum_to_the_score_minus_beta_times_the_kl(tables):
@@ -340,9 +340,9 @@ def test_the_rewards_sum_to_the_score_minus_beta_times_the_kl(tables):
     kl = (experience.old_logp - experience.ref_logp).sum(1)
     assert np.abs(kl).min() > 0.01
     assert_allclose(experience.reward.sum(1), score - 0.3 * kl, atol=1e-5)
-    assert_allclose(metrics["kl/sequence"], kl.mean(), rtol=1e-5)
-    assert_allclose(metrics["reward/total"], (score - 0.3 * kl).mean(), rtol=1e-4)
-    assert metrics["kl/coefficient"] == control.kl_coefficient == np.float32(0.3)
+    assert_allclose(metrics["rollout/kl"], kl.mean(), rtol=1e-5)
+    assert_allclose(metrics["rollout/return"], (score - 0.3 * kl).mean(), rtol=1e-4)
+    assert metrics["rollout/kl_coefficient"] == control.kl_coefficient == np.float32(0.3)
     gap = np.abs(rollout.logp - experience.old_logp)[rollout.mask]
     assert_allclose(metrics["rollout/mismatch"], gap.max(), rtol=1e-6)
     assert_allclose(metrics["rollout/length"], rollout.mask.sum(1).mean(), rtol=1e-6)
@@ -376,10 +376,10 @@ def test_an_adaptive_coefficient_follows_the_kl_and_a_fixed_one_does_not(tables)
     reward = np.zeros((16, 12), np.float32)
     kl = KL(adaptive=True, target=1.0, horizon=100)
     _, control, metrics = collected(rollout, reward, tables, control_of(0.3), kl=kl)
-    error = np.clip(metrics["kl/sequence"] / 1.0 - 1, -0.2, 0.2)
+    error = np.clip(metrics["rollout/kl"] / 1.0 - 1, -0.2, 0.2)
     assert error == np.float32(0.2) or error == np.float32(-0.2)
     assert_allclose(control.kl_coefficient, 0.3 * (1 + error * 16 / 100), rtol=1e-6)
-    assert metrics["kl/coefficient"] == np.float32(0.3)  # of this step
+    assert metrics["rollout/kl_coefficient"] == np.float32(0.3)  # of this step
 
 
 def test_normalising_and_shaping_come_before_the_kl_and_leave_the_score_metric_alone(tables):
@@ -394,7 +394,7 @@ def test_normalising_and_shaping_come_before_the_kl_and_leave_the_score_metric_a
     )
     kl = (experience.old_logp - experience.ref_logp).sum(1)
     assert_allclose(experience.reward.sum(1), (5 - 1) / 2 + 1 - 0.2 * kl, atol=1e-5)
-    assert_allclose(metrics["reward/score"], 5.0, rtol=1e-6)
+    assert_allclose(metrics["rollout/reward"], 5.0, rtol=1e-6)
 
 
 def test_without_a_reference_there_is_no_kl_and_without_a_critic_no_value(tables):
@@ -404,7 +404,7 @@ def test_without_a_reference_there_is_no_kl_and_without_a_critic_no_value(tables
     experience, _, metrics = collected(
         rollout, reward, only, control_of(kl=0.5), reference=None, value=None
     )
-    assert metrics["kl/sequence"] == 0
+    assert metrics["rollout/kl"] == 0
     assert_array_equal(experience.reward, reward)
     assert_array_equal(experience.value, 0.0)
     assert_allclose(experience.target.max(1), 1.0, rtol=1e-6)
@@ -418,7 +418,7 @@ def test_before_the_first_update_the_kl_is_0_and_every_ratio_1(
     heat = np.full(16, temperature, np.float32)
     experience, metrics, found = identity(rollout_of(temperature=heat))
     assert np.abs(experience.old_logp - experience.ref_logp).max() < 1e-5
-    assert abs(metrics["kl/sequence"]) < 1e-5
+    assert abs(metrics["rollout/kl"]) < 1e-5
     assert np.abs(experience.old_logp).max() > 1
     assert_allclose(found["ratio"], 1.0, atol=1e-5)
     assert found["clip_fraction"] == 0
