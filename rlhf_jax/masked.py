@@ -37,12 +37,10 @@ def var(
     x: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: Axis = None
 ) -> Float[Array, "..."]:
     """Σ (x − mean)² / Σ 1 over the mask (biased)."""
-    if axis is None:
-        centred = select(x, mask) - mean(x, mask)
-    else:
-        count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
-        centred = select(x, mask) - jnp.sum(select(x, mask), axis, keepdims=True) / count
-    return mean(centred * centred, mask, axis)
+    centre = mean(x, mask, axis)
+    if axis is not None:
+        centre = jnp.expand_dims(centre, axis)
+    return mean((select(x, mask) - centre) ** 2, mask, axis)
 
 
 def whiten(

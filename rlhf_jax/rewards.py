@@ -43,7 +43,7 @@ class from_text:
     decode: Callable[[Sequence[int]], str] | None = None  # token ids to text
     tokenizer: str | None = None  # or the tokenizer to decode with: a tokenizer.json, or "bytes"
     prompt: bool = True  # the text is prompt and response; False: the response alone
-    timeout: float = 10.0  # seconds per sample
+    timeout: float = 30.0  # seconds per sample; a worker's first one pays for what `score` loads
     workers: int | None = None  # None: one per core, at most 16
 
     on_host: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class from_text:
             raise ValueError(f"timeout={self.timeout}: seconds per sample, above 0")
 
     def __call__(self, rollout: Rollout, params: Mapping[str, Params]) -> Float[Array, "b t"]:
-        """Rewards of the rows of this process; `params` plays no part."""
+        """Rewards of all rows, which this process must be able to see; `params` plays no part."""
         mask = np.asarray(rollout.mask)
         used = np.asarray(rollout.segments) > 0 if self.prompt else mask
         rows = np.flatnonzero(mask.any(axis=1))

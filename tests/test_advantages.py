@@ -128,10 +128,12 @@ def test_groups_are_found_by_prompt_in_any_order():
 
 
 def test_a_prompt_whose_samples_earn_the_same_teaches_exactly_nothing():
-    mask = np.ones((3, 2), bool)
-    reward = np.full((3, 2), 0.1, np.float32)
+    prompt = np.repeat(np.arange(5), 7)
+    mask = np.ones((35, 1), bool)
+    # seven times 0.1, divided by seven, is not 0.1 in float32
+    reward = np.repeat(np.float32([0.1, 0.3, 0.7, 0.9, 1.0]), 7)[:, None]
     for fn in (group_relative, leave_one_out):
-        assert_array_equal(run(fn, reward, reward, mask, np.zeros(3, int))[0], 0.0)
+        assert_array_equal(run(fn, reward, reward, mask, prompt)[0], 0.0)
 
 
 def test_a_sample_without_siblings_teaches_nothing():

@@ -219,7 +219,10 @@ def test_reward_model_on_pairs_is_bradley_terry():
 def test_reward_model_on_more_members_is_softmax_cross_entropy():
     scores = np.array([[1.0, 0.5, -2.0], [0.0, 3.0, 1.0]])
     expected = np.log(np.exp(scores).sum(1)) - scores[:, 0]
-    assert_allclose(reward_model(*pairs(*scores.tolist())).loss, expected, rtol=1e-6)
+    terms = reward_model(*pairs(*scores.tolist()))
+    assert_allclose(terms.loss, expected, rtol=1e-6)
+    assert_allclose(terms.metrics["margin"], [0.5, -3.0])  # over the best of the others
+    assert_allclose(terms.metrics["accuracy"], [1.0, 0.0])
 
 
 def test_a_confident_reward_model_still_has_a_loss():
