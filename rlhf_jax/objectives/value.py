@@ -24,7 +24,9 @@ def value(
     square = (now - target) ** 2
     worst = square
     if clip is not None:
-        worst = jnp.maximum(square, (old + jnp.clip(now - old, -clip, clip) - target) ** 2)
+        # Not old + clip(now − old): its rounding would count as clipping.
+        clipped = jnp.clip(now, old - clip, old + clip)
+        worst = jnp.maximum(square, (clipped - target) ** 2)
     metrics = {
         "value": now,
         "target": target,
