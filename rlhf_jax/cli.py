@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet() -> None:
     """Settings of the process: a persistent compilation cache, and no chatter of C++ libraries."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's remarks on files it does not need
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -90,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--learner", default="policy")
     sample.add_argument("--count", type=int, default=4, help="samples of each prompt")
     sample.add_argument("--length", type=int, default=40, help="tokens at most")
-    sample.add_argument("--temperature", type=float, default=1.0)
-    sample.add_argument("--top-k", type=int, default=0)
-    sample.add_argument("--top-p", type=float, default=1.0)
+    sample.add_argument("--temperature", type=float, help="default: the run's own")
+    sample.add_argument("--top-k", type=int, help="0: all; default: the run's own")
+    sample.add_argument("--top-p", type=float, help="1: all; default: the run's own")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, help="a checkpoint's step; default: the latest")
 

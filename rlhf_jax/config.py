@@ -16,7 +16,6 @@ from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
 
-
 RESERVED = ("self", "rollout", "eval", "time", "speed")  # prefixes of metrics, and of logits
 
 

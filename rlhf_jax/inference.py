@@ -37,26 +37,32 @@ def sample_texts(
     learner: str = "policy",
     count: int = 1,
     length: int = 40,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     step: int | None = None,
 ) -> list[str]:
-    """`count` texts for each prompt, prompt included; stops and banned tokens are the run's own.
+    """`count` texts for each prompt, prompt included, sampled as the run does but for what is given.
 
     Raises:
         ConfigError: for numbers that make no sense, or a prompt that does not fit the context.
     """
-    if not temperature > 0:
+    tokenizer = tokenizers.load(config.tokenizer)
+    if config.rollouts is not None:
+        sampling = config.rollouts.sampling
+    else:
+        sampling = Sampling(stop=(tokenizer.eos,), banned=(tokenizer.pad, tokenizer.bos))
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = sampling.replace(**{name: x for name, x in given.items() if x is not None})
+    if not sampling.temperature > 0:
         raise ConfigError(f"temperature {temperature}: must be above 0; for greedy use top_k 1")
-    if not 0 < top_p <= 1 or top_k < 0 or count < 1 or length < 1:
+    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or count < 1 or length < 1:
         raise ConfigError("needs 0 < top_p ≤ 1, top_k ≥ 0, count ≥ 1 and length ≥ 1")
     params = learner_params(config, directory, learner, step)
     model = config.learners[learner].model
     if not model.lm_head:
         raise ConfigError(f"learner {learner!r} has no language model head to sample from")
-    tokenizer = tokenizers.load(config.tokenizer)
     ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts]
     longest = max(len(i) for i in ids)
     if longest + length > model.context:
@@ -72,11 +78,6 @@ def sample_texts(
         prompt_id=np.repeat(np.arange(len(ids), dtype=np.int32), count),
         sample_id=np.tile(np.arange(count, dtype=np.int32), len(ids)),
     )
-    if config.rollouts is not None:
-        sampling = config.rollouts.sampling
-    else:
-        sampling = Sampling(stop=(tokenizer.eos,), banned=(tokenizer.pad, tokenizer.bos))
-    sampling = sampling.replace(temperature=temperature, top_k=top_k, top_p=top_p)
     run = jax.jit(partial(generate, model=model, length=length))
     rollout = run(params, jax.tree.map(jnp.asarray, batch), jax.random.key(seed), sampling=sampling)
     used = np.asarray(rollout.segments) > 0

@@ -2,7 +2,8 @@
 
     rlhf-jax train experiments/sentiment/no_kl.py --out runs/sentiment_no_kl
 
-Expect NO_KL_EXPECT.
+Expect a score of 0.98 at 140 nats per sample (with KL: 0.63 at 4.5), an entropy of 1.6 nats per
+token (4.7), and one word said again and again: what the word list likes best.
 """
 
 from __future__ import annotations

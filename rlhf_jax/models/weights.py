@@ -1,4 +1,4 @@
-"""Weights as files: a parameter tree in one .safetensors file, and filling one tree from another."""
+"""Weights as files: a parameter tree in one .safetensors file; filling one tree from another."""
 
 from __future__ import annotations
 
