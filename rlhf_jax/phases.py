@@ -55,7 +55,9 @@ def phase_key(seed: int, step: int, phase: str) -> Array:
 def init_learner(key: Array, *, learner: Learner) -> LearnerState:
     """Fresh weights, empty moments, zero counters."""
     params = learner.model.init(key)
-    step, skipped, row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each its own buffer: donated
+    step, skipped, row = (
+        jnp.zeros((), jnp.int32) for _ in range(3)
+    )  # each its own buffer: donated
     return LearnerState(params, learner.optimizer().init(params), step, skipped, row)
 
 
