@@ -128,18 +128,21 @@ def test_phases_are_seconds_and_tokens_per_second(tmp_path):
     assert not any(name.startswith("time/") for name in second)
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 1e9)
+@pytest.mark.parametrize(("seconds", "count"), [(1e9, 2), (-1.0, 50)])
+def test_without_a_terminal_there_is_a_line_now_and_then(
+    tmp_path, capsys, monkeypatch, seconds, count
+):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", seconds)
     with meter(tmp_path, total=50) as m:
         for step in range(50):
             with m.phase("rollout", tokens=10):
                 pass
             m.write(step, {"rollout/reward": 0.25, "rollout/kl": 3.0})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == count
     assert lines[0].startswith("ppo 1/50  reward +0.250  KL 3.00  tok/s: rollout ")
-    assert lines[1].startswith("ppo 50/50")
-    assert lines[1].endswith("0 s left")
+    assert lines[-1].startswith("ppo 50/50")
+    assert lines[-1].endswith("0 s left")
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
