@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import objectives
-from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner
+from rlhf_jax.checkpoint import restore_params
+from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
 from rlhf_jax.data import streams
 from rlhf_jax.experiment import load
 from rlhf_jax.hostpool import RewardError
+from rlhf_jax.optimizer import sgd
+from rlhf_jax.runs import run_stages
 from rlhf_jax.train import RunError, train
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -195,7 +198,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(whole, tmp_path):
         train(config, tmp_path)
 
 
-def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
+def sft(steps, **learner) -> Config:
     base = smoke()
     text = partial(
         streams.text,
@@ -205,17 +208,43 @@ def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
         source=[row["text"] for row in load_rows()],
         marks=None,
     )
-    config = Config(
+    learner = {"objective": objectives.mle, "batch": "text", **learner}
+    return Config(
         name="sft",
-        steps=3,
+        steps=steps,
         mesh=(1, 1, 1),
         data={"text": text},
-        learners={"policy": Learner(base.learners["policy"].model, objectives.mle, batch="text")},
+        learners={"policy": Learner(base.learners["policy"].model, **learner)},
         checkpoint=Checkpointing(every=10),
     )
-    train(config, tmp_path)
+
+
+def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
+    train(sft(3), tmp_path)
     losses = [row["policy/loss"] for row in log(tmp_path)]
     assert losses[-1] < losses[0]
+
+
+def test_a_pipelines_stage_starts_from_an_earlier_ones_weights_and_is_not_run_twice(tmp_path):
+    ran = []
+    still = partial(sgd, learning_rate=0.0)
+    stages = {
+        "first": sft(2),
+        "second": sft(1, start=From("policy", stage="first"), optimizer=still),
+        "third": lambda out: ran.append(out),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(Pipeline("three", {**stages, "third": _interrupted}), tmp_path)
+    run_stages(Pipeline("three", stages), tmp_path)
+    run_stages(Pipeline("three", stages), tmp_path)
+    assert ran == [tmp_path]
+    first, second = (restore_params(tmp_path / name, "policy") for name in ("first", "second"))
+    assert bits(first) == bits(second)
+    assert len(log(tmp_path / "first")) == 2
+
+
+def _interrupted(out):
+    raise KeyboardInterrupt
 
 
 def load_rows():
