@@ -43,7 +43,7 @@ def sample_texts(
     seed: int = 0,
     step: int | None = None,
 ) -> list[str]:
-    """`count` texts for each prompt, prompt included, sampled as the run does unless told otherwise.
+    """`count` texts for each prompt, prompt included; sampled as the run does unless told not to.
 
     Raises:
         ConfigError: for numbers that make no sense, or a prompt that does not fit the context.
