@@ -1,7 +1,9 @@
 """Worker processes that score texts with a user's function; imports nothing heavy.
 
 Not `concurrent.futures`: there a task that hangs cannot be told from one that waits for its turn,
-nor stopped. Here a worker holds one text at a time, so its clock starts when the text does.
+nor stopped. Here a worker holds one text at a time, so its clock starts when the text does. Not
+`multiprocessing` either: a fork of a process with JAX's threads may dead-lock, and its spawn runs
+the user's script once more in each worker.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import atexit
 import functools
 import math
-import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 
 START_SECONDS = 180.0  # importing the user's module; not charged to any text
 
@@ -105,31 +109,10 @@ class Pool:
         missing = workers - len(self._alive)
         if missing <= 0:
             return
-        try:
-            payload = pickle.dumps(self.score)
-        except Exception as error:
-            raise RewardError(
-                f"the reward function {self.name} cannot be sent to worker processes ({error}); "
-                "define it with def at the top level of a module (no lambda, no inner function)"
-            ) from error
-        # spawn, not fork: the parent has threads, and a forked copy of JAX may dead-lock.
-        context = multiprocessing.get_context("spawn")
-        platforms = os.environ.get("JAX_PLATFORMS")
-        os.environ["JAX_PLATFORMS"] = "cpu"  # inherited: a worker must not claim the accelerator
-        try:
-            new = []
-            for _ in range(missing):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, payload), daemon=True)
-                process.start()
-                theirs.close()  # so that a worker's death is seen as the end of the stream
-                self._alive[ours] = process
-                new.append(ours)
-        finally:
-            if platforms is None:
-                del os.environ["JAX_PLATFORMS"]
-            else:
-                os.environ["JAX_PLATFORMS"] = platforms
+        payload = self._payload()
+        new = [self._spawn() for _ in range(missing)]
+        for connection in new:
+            self._send(connection, payload)
         deadline = time.monotonic() + START_SECONDS
         for connection in new:
             if not connection.poll(max(deadline - time.monotonic(), 0.0)):
@@ -137,48 +120,75 @@ class Pool:
                     f"the worker processes of the reward function {self.name} did not start within "
                     f"{START_SECONDS:g} s: what does its module do while it is imported?"
                 )
-            kind, answer = self._receive(
-                connection,
-                "while it started; if a script of your own starts the training, put its code under "
-                "`if __name__ == '__main__':`",
-            )
+            kind, answer = self._receive(connection, "while it started")
             if kind != "ready":
                 raise RewardError(
                     f"a worker process could not import the reward function {self.name}:\n{answer}"
                 )
 
+    def _payload(self):
+        inner = self.score
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        reason = "it is defined in the script that runs, not in a module"
+        if getattr(inner, "__module__", None) != "__main__":
+            try:
+                return pickle.dumps(self.score)
+            except Exception as error:
+                reason = str(error)
+        raise RewardError(
+            f"worker processes cannot import the reward function {self.name} ({reason}); define it "
+            "with def at the top level of a module (no lambda, no inner function)"
+        )
+
+    def _spawn(self):
+        ours, theirs = Pipe()
+        child = theirs.fileno()
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from rlhf_jax.hostpool import serve; serve({child})"],
+            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # not the accelerator
+            stdin=subprocess.DEVNULL,
+            pass_fds=[child],
+        )
+        theirs.close()  # so that a worker's death is seen as the end of the stream
+        self._alive[ours] = process
+        return ours
+
     def _send(self, connection, text):
         try:
             connection.send(text)
-        except OSError:  # its process died since the last call
-            self._receive(connection, "between two batches")
+        except OSError:  # its process is gone
+            self._receive(connection, "while it waited for work")
 
     def _receive(self, connection, when):
         try:
             return connection.recv()
         except (EOFError, OSError):
-            process = self._alive[connection]
-            process.join(1.0)
+            try:
+                code = self._alive[connection].wait(5.0)
+            except subprocess.TimeoutExpired:
+                code = None
             raise RewardError(
-                f"a worker process of the reward function {self.name} died (exit code "
-                f"{process.exitcode}; -9 is often memory) {when}"
+                f"a worker process of the reward function {self.name} died (exit code {code}; -9 "
+                f"is often memory) {when}"
             ) from None
 
     def close(self) -> None:
         """Stop the workers; the next call starts new ones."""
         for connection, process in self._alive.items():
             process.kill()
-            process.join()
-            process.close()
+            process.wait()
             connection.close()
         self._alive.clear()
 
 
-def _serve(connection, payload):
-    """What a worker does: say "ready", then answer each text until the parent is gone."""
+def serve(descriptor: int) -> None:
+    """What a worker does: import the function, then answer texts until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    connection = Connection(descriptor)
     try:
-        score = pickle.loads(payload)
+        score = pickle.loads(connection.recv())
     except BaseException:
         connection.send(("broken", traceback.format_exc()))
         return

@@ -168,17 +168,36 @@ def test_from_text_asks_for_exactly_one_way_to_decode():
         hostpool.Pool(host_scores.length, 0)
 
 
-def test_workers_end_with_the_program():
-    code = (
-        "import host_scores; from rlhf_jax.hostpool import Pool\n"
-        "print(int(Pool(host_scores.where, 1).map(['x'], timeout=5)[0]))"
+def run_script(path, *lines):
+    """A user's own script, without `if __name__ == "__main__"`; its output."""
+    path.write_text("\n".join(("from rlhf_jax.hostpool import Pool", *lines)))
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    run = subprocess.run([sys.executable, path], env=env, capture_output=True, timeout=120)
+    return run.returncode, run.stdout.decode(), run.stderr.decode()
+
+
+def test_workers_end_with_the_program_and_do_not_run_it_again(tmp_path):
+    code, out, err = run_script(
+        tmp_path / "script.py",
+        "import host_scores",
+        "print('once')",
+        "print(int(Pool(host_scores.where, 1).map(['x'], timeout=30)[0]))",
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
+    assert code == 0, err
+    once, pid = out.split()
+    assert once == "once"
     with pytest.raises(ProcessLookupError):
-        os.kill(int(run.stdout), 0)
+        os.kill(int(pid), 0)
+
+
+def test_a_function_of_the_running_script_is_refused_with_what_to_do(tmp_path):
+    code, _, err = run_script(
+        tmp_path / "script.py",
+        "def score(text): return 1.0",
+        "Pool(score, 1).map(['x'], timeout=30)",
+    )
+    assert code == 1
+    assert "defined in the script that runs, not in a module); define it with def" in err
 
 
 class ReadsPositions:
