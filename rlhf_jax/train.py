@@ -189,13 +189,11 @@ def evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
         found = []
         for _ in range(spec.batches):
             batch = run.phases.place(next(stream))
-            found.append(
-                run.phases.evaluate[spec.learner](
-                    state.learners[spec.learner].params, others, batch
-                )
-            )
-        mean = jax.tree.map(lambda *x: jnp.stack(x).mean(), *found)
-        metrics |= {f"eval/{name}/{metric}": x for metric, x in mean.items()}
+            params = state.learners[spec.learner].params
+            found.append(jax.device_get(run.phases.evaluate[spec.learner](params, others, batch)))
+        metrics |= {
+            f"eval/{name}/{metric}": np.mean([one[metric] for one in found]) for metric in found[0]
+        }
     return metrics
 
 

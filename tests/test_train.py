@@ -297,7 +297,7 @@ def wait_for_lines(path, n, process, seconds=120):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_as_if_it_had_never_stopped(how, whole, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_repeats_no_step(how, whole, tmp_path):
     out = tmp_path / "run"
     settings = ["--set", "mesh=(1,1,1)", "--set", "checkpoint.every=1"]
     process = command("train", SMOKE, "--out", out, *settings, "--set", "steps=1000")
