@@ -1,103 +1,124 @@
-"""One self-contained HTML page about a run or a pipeline, and its curves as report.png.
+"""One self-contained HTML page about a run or a pipeline, and its main curves as report.png.
 
-What is shown is what the run wrote: metrics.jsonl, samples.jsonl, run.json, and results.json if an
-experiment left one: `{"title", "text", "rows": [{"name", "value", "low", "high", "unit", "note"}],
+What is shown is what the run wrote: metrics.jsonl, samples.jsonl, run.json, eval.json if `eval` was
+called, and results.json if an experiment left one:
+`{"title", "text", "rows": [{"name", "value", "low", "high", "unit", "note"}],
 "samples": [{"before", "after", "gain"}]}`.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+import shlex
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from rlhf_jax import figures
+from rlhf_jax.figures import Rows
+from rlhf_jax.page import change, details, number, page, said, table, text
 
-Rows = list[dict[str, Any]]
-
-# Panels that every run with rollouts has: title, unit, metrics. The rest is found by its name.
-PANELS = (
-    ("Reward", "per sample", ("rollout/reward", "rollout/return")),
-    ("KL(policy‖reference)", "nats per sample", ("rollout/kl",)),
-    ("Entropy", "nats per token", ("rollout/entropy",)),
-    ("Length of responses", "tokens", ("rollout/length",)),
-)
-LEGEND = {"rollout/reward": "score", "rollout/return": "after KL and penalties"}
+SHOWN_SAMPLES = 24
 
 
 class ReportError(ValueError):
     """A directory that no report can be written about."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What one run wrote."""
+
+    name: str
+    rows: Rows
+    samples: Rows
+    evaluation: dict[str, Any]
+    config: dict[str, Any]
+
+
 def report(directory: str | Path) -> Path:
     """Write report.html and report.png into a run's directory; returns the page's path.
 
     Raises:
-        ReportError: if the directory holds no metrics.
+        ReportError: if the directory holds no metrics, a file in it is not what a run writes, or it
+            cannot be written.
     """
     directory = Path(directory)
-    stages = _stages(directory)
     record = _json(directory / "run.json")
     result = _json(directory / "results.json")
-    figures = {name: _figure(name, rows) for name, (rows, _) in stages.items()}
-    last = list(figures)[-1]
-    (directory / "report.png").write_bytes(figures[last])
+    stages = _stages(directory, record.get("config", {}))
+    name = record.get("config", {}).get("name", directory.resolve().name)
 
-    parts = [f"<h1>{_text(record.get('config', {}).get('name', directory.name))}</h1>"]
+    last = stages[-1]
+    lead = result.get("text") or summary(last)
+    body = [f'<header><h1>{text(name)}</h1><p class="lead">{text(lead)}</p>']
+    if len(stages) > 1:
+        links = (f'<a href="#{text(s.name)}">{text(s.name)}</a>' for s in stages)
+        body.append(f'<nav class="soft">Stages: {"".join(links)}<a href="#made">settings</a></nav>')
+    body.append("</header>")
     if result:
-        parts.append(_result(result))
-    for name, (rows, samples) in stages.items():
-        heading = f"<h2>{_text(name)}</h2>" if len(stages) > 1 else ""
-        image = base64.b64encode(figures[name]).decode()
-        parts += [
-            f"<section>{heading}<p>{_text(summary(rows))}</p>",
-            f'<img alt="curves of {_text(name)}" src="data:image/png;base64,{image}">',
-            _samples(samples),
-            "</section>",
-        ]
-    parts.append(_record(record))
-    page = PAGE.replace("{title}", _text(directory.name)).replace("{body}", "\n".join(parts))
+        body.append(_result(result))
+    body += [_stage(stage, alone=len(stages) == 1) for stage in stages]
+    body.append(_record(record, stages))
+    heading = name if last.name == name else f"{name}: {last.name}"
+    picture = figures.png(figures.main_panels(last.rows), last.rows, title=heading)
     path = directory / "report.html"
-    path.write_text(page, encoding="utf-8")
+    try:
+        (directory / "report.png").write_bytes(picture)
+        path.write_text(page(name, "\n".join(body)), encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
-def summary(rows: Rows) -> str:
+def summary(stage: Stage) -> str:
     """What happened, in a sentence: the main metrics of the first steps and of the last."""
-    wanted = [m for _, _, names in PANELS for m in names[:1]]
-    wanted += [m for m in rows[-1] if m.endswith("/loss")]
-    parts = []
-    for metric in wanted:
-        values = [r[metric] for r in rows if r.get(metric) is not None]
-        if values and len(parts) < 5:
+    rows, parts = stage.rows, []
+    for panel in figures.main_panels(rows):
+        for metric in panel.metrics if panel.title == "Accuracy" else panel.metrics[:1]:
+            values = [y for _, y in figures.points(rows, metric)]
+            if len(parts) == 6 or not values or metric.startswith("speed/"):
+                continue
             n = max(1, min(5, len(values) // 2))
-            first, last = sum(values[:n]) / n, sum(values[-n:]) / n
-            parts.append(f"{metric} {first:.3g} → {last:.3g}")
-    seconds = rows[-1]["wall"] - rows[0]["wall"] if "wall" in rows[0] else 0.0
-    return f"{rows[-1]['step'] + 1} steps in {seconds:.0f} s: " + ", ".join(parts) + "."
+            first, last = statistics.fmean(values[:n]), statistics.fmean(values[-n:])
+            what = panel.title[0].lower() + panel.title[1:]
+            what = panel.title if panel.title.startswith("KL") else what
+            of = f" of {metric.removesuffix('/accuracy')}" if panel.title == "Accuracy" else ""
+            parts.append(f"{what}{of} {number(first)} → {number(last)}")
+    done, planned = rows[-1]["step"] + 1, stage.config.get("steps")
+    part = f" of {planned}" if planned is not None and planned > done else ""
+    means = f" From the first steps to the last: {', '.join(parts)}." if parts else ""
+    return f"{done}{part} step{'' if (planned or done) == 1 else 's'}.{means}"
 
 
 # ------------------------------------------------------------------------------------------ files
 
 
-def _stages(directory: Path) -> dict[str, tuple[Rows, Rows]]:
-    """Metrics and samples of the run, or of each stage in the order in which they ran."""
+def _stages(directory: Path, config: Mapping[str, Any]) -> list[Stage]:
+    """The run, or each stage of a pipeline in the order in which they run."""
     if not directory.is_dir():
         raise ReportError(f"there is no directory {directory}; give the --out of a train command")
-    found = [directory] if (directory / "metrics.jsonl").is_file() else []
-    found += sorted(
-        (p.parent for p in directory.glob("*/metrics.jsonl")),
-        key=lambda p: (_lines(p / "metrics.jsonl") or [{}])[0].get("wall", 0.0),
-    )
-    stages = {p.name: (_lines(p / "metrics.jsonl"), _lines(p / "samples.jsonl")) for p in found}
-    stages = {name: both for name, both in stages.items() if both[0]}
+    configs = config.get("stages", {})
+    found = {p.parent.name: p.parent for p in sorted(directory.glob("*/metrics.jsonl"))}
+    order = [name for name in configs if name in found]
+    order += [name for name in found if name not in order]
+    places = [(name, found[name], configs.get(name, {})) for name in order]
+    if (directory / "metrics.jsonl").is_file():
+        name = config.get("name", directory.resolve().name)
+        places.insert(0, (name, directory, config))
+    stages = []
+    for name, place, one in places:
+        rows = _lines(place / "metrics.jsonl")
+        if rows:
+            samples = _lines(place / "samples.jsonl")
+            stages.append(Stage(name, rows, samples, _json(place / "eval.json"), dict(one)))
     if not stages:
-        raise ReportError(f"{directory} holds no metrics yet (no metrics.jsonl with a step in it)")
+        raise ReportError(
+            f"{directory} holds no metrics yet: there is no metrics.jsonl with a step in it, here "
+            "or one directory below; give the --out of a train command that has taken a step"
+        )
     return stages
 
 
@@ -105,162 +126,183 @@ def _lines(path: Path) -> Rows:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # the line that a killed run was writing
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is not valid JSON ({error}); mend it or move it away") from error
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} must hold a JSON object; mend it or move it away")
+    return found
 
 
-# ---------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------- sections
 
 
-def _panels(rows: Rows) -> list[tuple[str, str, list[str]]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    panels = [(t, unit, [m for m in metrics if m in names]) for t, unit, metrics in PANELS]
-    losses = [m for m in names if m.endswith("/loss") and not m.startswith("eval/")]
-    for loss in losses:
-        learner = loss.removesuffix("/loss")
-        panels.append((f"Loss of {learner}", "per token or group", [loss]))
-    held = [m for m in names if m.startswith("eval/") and m.endswith("/loss")]
-    panels.append(("Loss on held-out data", "", held))
-    panels.append(("Accuracy", "share", [m for m in names if m.endswith("/accuracy")]))
-    panels.append(("Throughput", "tokens/s", [m for m in names if m.startswith("speed/")]))
-    return [panel for panel in panels if panel[2]]
+def _stage(stage: Stage, *, alone: bool) -> str:
+    parts = [f'<section id="{text(stage.name)}">']
+    if not alone:
+        parts.append(f"<h2>{text(stage.name)}</h2><p>{text(summary(stage))}</p>")
+    parts += [_warnings(stage.rows), _curves(stage), _evaluation(stage), _samples(stage.samples)]
+    parts.append(_time(stage.rows))
+    others = figures.other_panels(stage.rows)
+    if others:
+        content = "".join(
+            f"<h3>{text(group)}</h3>" + _grid(stage, panels) for group, panels in others.items()
+        )
+        parts.append(details("Everything else that was logged", content))
+    return "\n".join([*parts, "</section>"])
 
 
-def _figure(name: str, rows: Rows) -> bytes:
-    """All panels of a stage as a PNG."""
-    panels = _panels(rows)
-    columns = min(3, max(1, len(panels)))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
-    for place, (title, unit, metrics) in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, place)
-        for metric in metrics:
-            points = [(r["step"] + 1, r[metric]) for r in rows if r.get(metric) is not None]
-            if not points:
-                continue
-            few = len(points) <= len(rows) / 4 or len(points) < 15
-            steps, values = zip(*points, strict=True)
-            label = LEGEND.get(metric, metric.removeprefix("speed/"))
-            axes.plot(steps, values, marker="." if few else None, linewidth=1.4, label=label)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.set_ylabel(unit, fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        if title == "Throughput":
-            axes.set_yscale("log")
-        if len(metrics) > 1:
-            axes.legend(fontsize=7, framealpha=0.6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+def _warnings(rows: Rows) -> str:
+    found = []
+    for metric in figures.metric_names(rows):
+        values = [row[metric] for row in rows if metric in row]
+        missing = values.count(None)
+        if missing:
+            found.append(f"{metric} was not finite in {missing} of {len(values)} steps")
+        if metric.endswith("/skipped") and values and (values[-1] or 0) > 0:
+            learner = metric.removesuffix("/skipped")
+            found.append(f"{learner} skipped {number(values[-1])} updates that were not finite")
+    return "".join(f'<p class="warn">Note: {text(line)}.</p>' for line in found)
 
 
-# ------------------------------------------------------------------------------------------- HTML
+def _curves(stage: Stage) -> str:
+    panels = figures.main_panels(stage.rows)
+    if not panels:
+        return ""
+    note = "Thin lines are steps, thick ones running means." if len(stage.rows) >= 40 else ""
+    return _grid(stage, panels) + (f'<p class="soft">{note}</p>' if note else "")
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def _grid(stage: Stage, panels: list[figures.Panel]) -> str:
+    drawn = "".join(figures.svg(panel, stage.rows) for panel in panels)
+    return f'<div class="curves">{drawn}</div>'
 
 
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) else _text(value)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+def _evaluation(stage: Stage) -> str:
+    if not stage.evaluation:
+        return ""
+    rows = [(text(k), number(v)) for k, v in stage.evaluation.items()]
+    return "<h3>Evaluation of the last checkpoint</h3>" + table(
+        ("metric", "mean"), rows, numbers=(1,), kind="numbers"
+    )
 
 
 def _result(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result.get("rows", ()):
-        interval = f"[{_number(row['low'])}, {_number(row['high'])}]" if "low" in row else ""
-        cells = (row["name"], _number(row["value"]), interval, row.get("unit", ""))
-        rows.append([_text(cell) for cell in (*cells, row.get("note", ""))])
-    found = f"<section><h2>{_text(result.get('title', 'Result'))}</h2>"
-    found += f'<p class="lead">{_text(result.get("text", ""))}</p>'
-    found += _table(("", "value", "95 % interval", "unit", ""), rows)
+        bounds = [row.get("low"), row.get("high")]
+        interval = "" if None in bounds else f"[{number(bounds[0])}, {number(bounds[1])}]"
+        note = f"<small>{text(row['note'])}</small>" if row.get("note") else ""
+        name = text(row.get("name", "")) + note
+        rows.append((name, number(row.get("value")), interval, text(row.get("unit", ""))))
+    found = f"<section><h2>{text(result.get('title', 'Result'))}</h2>"
+    if rows:
+        found += table(("", "value", "95 % interval", "unit"), rows, numbers=(1, 2), kind="numbers")
     if result.get("samples"):
         found += "<h3>The best, some in the middle, and the worst changes</h3>"
-        found += _table(
-            ("gain", "before", "after"),
-            [
-                (_number(s["gain"]), _text(s["before"]), _text(s["after"]))
-                for s in result["samples"]
-            ],
-        )
+        pairs = [
+            (said(s.get("before", "")), said(s.get("after", "")), _coloured(s.get("gain")))
+            for s in result["samples"]
+        ]
+        found += table(("before", "after", "gain"), pairs, numbers=(2,), kind="texts")
     return found + "</section>"
 
 
+def _coloured(value: float | None) -> str:
+    if value is None:
+        return number(value)
+    kind = "good" if value > 0 else "bad" if value < 0 else "soft"
+    return f'<span class="{kind}">{change(value)}</span>'
+
+
 def _samples(rows: Rows) -> str:
-    """The same prompts, with the same random numbers, at the first step and at the last."""
+    """The same prompts, with the same random numbers, before the first step and after the last."""
     if not rows:
         return ""
     first, last = rows[0]["step"], rows[-1]["step"]
     before = [r for r in rows if r["step"] == first]
     after = [r for r in rows if r["step"] == last]
     if first == last:
-        head = ("prompt", f"response at step {first}", "reward")
-        body = [
-            [_text(r["prompt"]), _text(r["response"]), _number(r.get("reward", ""))] for r in after
-        ]
-        return "<h3>Samples</h3>" + _table(head, body)
-    head = ("prompt", f"step {first}", "reward", f"step {last}", "reward")
-    body = [
-        [
-            _text(a["prompt"]), _text(a["response"]), _number(a.get("reward", "")),
-            _text(b["response"]), _number(b.get("reward", "")),
-        ]
-        for a, b in zip(before, after, strict=False)
-    ]  # fmt: skip
-    return "<h3>Samples before and after, on the same prompts</h3>" + _table(head, body)
-
-
-def _record(record: Mapping[str, Any]) -> str:
-    if not record:
-        return ""
-    versions = [(_text(k), _text(v)) for k, v in record.get("versions", {}).items()]
-    config = _text(json.dumps(record.get("config", {}), indent=1, ensure_ascii=False))
-    settings = " ".join(f"--set {s}" for s in record.get("settings", ()))
+        head = ("prompt", f"response after step {last}", "reward")
+        body = [(text(r["prompt"]), said(r["response"]), number(r.get("reward"))) for r in after]
+        return "<h3>Samples</h3>" + table(head, body, numbers=(2,), kind="texts")
+    both = list(zip(before, after, strict=False))
+    gains = [(b.get("reward") or 0.0) - (a.get("reward") or 0.0) for a, b in both]
+    order = sorted(range(len(both)), key=lambda i: -gains[i])
+    note = "Sorted by the change of reward."
+    if len(order) > SHOWN_SAMPLES:
+        half = SHOWN_SAMPLES // 2
+        order = order[:half] + order[-half:]
+        note = f"The {half} that gained most and the {half} that gained least of {len(both)}."
+    body = []
+    for i in order:
+        a, b = both[i]
+        cells = (text(a["prompt"]), said(a["response"]), number(a.get("reward")))
+        body.append((*cells, said(b["response"]), number(b.get("reward")), _coloured(gains[i])))
+    head = ("prompt", f"at step {first}", "reward", f"at step {last}", "reward", "change")
     return (
-        "<section><h2>How it was made</h2>"
-        f"<p><code>rlhf-jax train {_text(Path(record.get('file', '')).name)} {_text(settings)}"
-        "</code></p>"
-        + _table(("", "version"), versions)
-        + f"<details><summary>The whole configuration</summary><pre>{config}</pre></details>"
-        "</section>"
+        "<h3>Samples before and after, on the same prompts with the same random numbers</h3>"
+        f'<p class="soft">{note}</p>' + table(head, body, numbers=(2, 4, 5), kind="texts")
     )
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
-.lead { font-size: 1.1rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: 4px;
-      box-sizing: border-box; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
-         border-bottom: 1px solid var(--line); }
-th { background: var(--soft); } td { font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; font-size: .8rem; background: var(--soft); padding: .8rem; }
-</style></head><body>
-{body}
-</body></html>
-"""
+def _time(rows: Rows) -> str:
+    """Where the time went; the first step, which compiles, is in the total and in no speed."""
+    names = [m for m in figures.metric_names(rows) if m.startswith("time/")]
+    total = {m: sum(row.get(m) or 0.0 for row in rows) for m in names}
+    everything = sum(total.values())
+    if not everything:
+        return ""
+    body = []
+    for metric in names:
+        phase = metric.removeprefix("time/")
+        seconds = [y for _, y in figures.points(rows, metric)]
+        speeds = [y for _, y in figures.points(rows, f"speed/{phase}")]
+        body.append(
+            (
+                text(phase),
+                number(rows[0].get(metric)),
+                number(statistics.median(seconds) if seconds else None),
+                number(statistics.median(speeds) if speeds else None),
+                f"{total[metric] / everything:.0%}",
+            )
+        )
+    head = ("phase", "first step, s", "median step, s", "median tokens/s", "share of all")
+    return f"<h3>Where {number(everything)} s went</h3>" + table(
+        head, body, numbers=(1, 2, 3, 4), kind="numbers"
+    )
+
+
+def _record(record: Mapping[str, Any], stages: list[Stage]) -> str:
+    if not record:
+        return ""
+    found = '<section id="made"><h2>How it was made</h2>'
+    if record.get("command"):
+        found += f"<p><code>{text(shlex.join(map(str, record['command'])))}</code></p>"
+    if record.get("settings"):
+        found += f"<p>Settings beside the file: {text(', '.join(record['settings']))}</p>"
+    versions = [(text(k), text(v)) for k, v in record.get("versions", {}).items()]
+    if versions:
+        found += table(("software and hardware", ""), versions, kind="numbers")
+    config = record.get("config", {})
+    for stage in [s for s in stages if config.get("stages", {}).get(s.name)]:
+        found += details(f"Configuration of {stage.name}", _pre(stage.config))
+    return found + details("The whole configuration", _pre(config)) + "</section>"
+
+
+def _pre(config: Mapping[str, Any]) -> str:
+    return f"<pre>{text(json.dumps(config, indent=1, ensure_ascii=False))}</pre>"
