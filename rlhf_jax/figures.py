@@ -147,9 +147,10 @@ def svg(panel: Panel, rows: Rows) -> str:
         return f"{BOTTOM - (BOTTOM - TOP) * part:.1f}"
 
     ink = []
-    for tick in log_ticks(low, high) if panel.log else ticks(low, high, 4):
+    marks = log_ticks(low, high) if panel.log else ticks(low, high, 4)
+    for tick, label in zip(marks, tick_labels(marks), strict=True):
         ink.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{RIGHT}"/>')
-        ink.append(f'<text x="{LEFT - 6}" y="{y(tick)}" dy=".35em" class="y">{short(tick)}</text>')
+        ink.append(f'<text x="{LEFT - 6}" y="{y(tick)}" dy=".35em" class="y">{label}</text>')
     for tick in ticks(first, last, 5):
         if tick == int(tick):
             ink.append(f'<text x="{x(tick)}" y="{BOTTOM + 16}" class="x">{short(tick)}</text>')
@@ -247,14 +248,23 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [f * 10.0**n for n in powers for f in factors if low <= f * 10.0**n <= high]
 
 
-def short(value: float) -> str:
+def tick_labels(marks: list[float]) -> list[str]:
+    """As few digits as tell the marks of one axis apart: 5.569 and 5.5695."""
+    for digits in range(3, 9):
+        found = [short(mark, digits) for mark in marks]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def short(value: float, digits: int = 4) -> str:
     """A tick's label: 0.25, 1,500, 20k, 3M, 5e−07."""
     size = abs(value)
-    if size >= 1e4:
-        for unit, scale in (("M", 1e6), ("k", 1e3)):
-            if size >= scale:
-                return f"{value / scale:g}{unit}".replace("-", "−")
-    return (f"{value:,.0f}" if size >= 1000 else f"{value:.4g}").replace("-", "−")
+    if 1e4 <= size < 1e10:
+        unit, scale = ("M", 1e6) if size >= 1e6 else ("k", 1e3)
+        return f"{value / scale:.{digits}g}{unit}".replace("-", "−")
+    plain = size >= 1000 and size < 1e4 and value == int(value)
+    return (f"{value:,.0f}" if plain else f"{value:.{digits}g}").replace("-", "−")
 
 
 def thinned(found: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -212,16 +212,24 @@ def test_long_runs_are_drawn_by_their_means():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3.2, 7), (1, 8), (1e-7, 3e-7), (1, 100_000), (5, 5), (-1e30, 0)]
+    ("low", "high"),
+    [(0, 1), (-3.2, 7), (1, 8), (1e-7, 3e-7), (1, 100_000), (5, 5), (5.5688, 5.5702), (-1e30, 0)],
 )
 def test_ticks_are_few_round_and_inside(low, high):
     found = figures.ticks(low, high, 4)
     assert 1 <= len(found) <= 6
     assert all(low <= tick <= high for tick in found)
+    assert len(set(figures.tick_labels(found))) == len(found)
     for tick in found:
         if tick and high > low:
             digits = f"{abs(tick):.6e}".split("e")[0].rstrip("0").replace(".", "")
-            assert len(digits) <= 3
+            assert len(digits) <= (3 if low != 5.5688 else 5)
+
+
+def test_labels_of_an_axis_are_short_and_differ():
+    assert figures.tick_labels([5.569, 5.5695, 5.57]) == ["5.569", "5.5695", "5.57"]
+    assert figures.tick_labels([0.0, 0.25, 0.5]) == ["0", "0.25", "0.5"]
+    assert figures.tick_labels([-2e-7, 5000, 20_000, 2e6]) == ["−2e−07", "5,000", "20k", "2M"]
 
 
 def test_numbers_are_short_and_texts_are_escaped():
