@@ -73,6 +73,16 @@ def test_it_is_prepared_once_even_when_several_start_at_once(small):
     assert [path.name for path in (small / "tfds").iterdir()] == ["rated_snippets"]
 
 
+def test_a_data_set_that_cannot_be_put_in_place_is_an_error(small, monkeypatch):
+    def rename(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(builder.os, "rename", rename)
+    with pytest.raises(PermissionError):
+        builder.prepare()
+    assert not any((small / "tfds" / "rated_snippets").iterdir())
+
+
 def test_a_stream_reads_a_users_own_set_by_its_own_field_names(own):
     fields = {"text": "review", "score": "stars"}
     source = partial(builder.tfds_rows, directory=own, split="train", fields=fields)

@@ -27,7 +27,7 @@ KNOWN = {
     "Catch utf-8 emoji such as 💘 and 💋 and 😁": 0.8750,
     "Not bad at all": 0.4310,
 }
-WORDS = {"good": 1.9, "bad": -2.5, ":)": 2.0, "isn't": -1.0, "great": 3.1}
+WORDS = {"good": 1.9, "bad": -2.5, ":)": 2.0, ":d": 2.3, "isn't": -1.0, "great": 3.1}
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_every_token_of_a_word_carries_its_valence_and_no_other_does():
         ("great's", ["great"]),
         ("isn't it :)", ["isn't", ":)"]),
         ("(good)...", ["good"]),
+        ("GooD :D", ["GooD", ":D"]),
     ],
 )
 def test_words_are_found_beside_marks_and_in_any_case(text, expected):

@@ -105,14 +105,14 @@ def test_a_tokenizer_travels_to_worker_processes():
 def test_rows_of_a_batch_read_as_text():
     t = tokenizers.load("bytes")
     ids = [t.bos, *t.encode("abcd"), t.eos, t.pad, t.pad]
-    mask = np.array([[False] * 3 + [True] * 3 + [False] * 2])
+    mask = np.array([[0, 0, 0, 1, 0, 1, 0, 0]], bool)  # d is not looked at: no prompt either
     batch = Labeled(
         tokens=np.array([ids]), mask=mask, segments=np.array([[1] * 6 + [0] * 2]),
         score=np.zeros(1), token_score=np.zeros((1, 8)),
     )  # fmt: skip
     assert tokenizers.texts(t, batch) == ["abcd"]
     assert tokenizers.texts(t, batch, part="prompt") == ["ab"]
-    assert tokenizers.texts(t, batch, part="response") == ["cd"]
+    assert tokenizers.texts(t, batch, part="response") == ["c"]
     with pytest.raises(DataError, match="part 'end'"):
         tokenizers.texts(t, batch, part="end")
 

@@ -105,7 +105,7 @@ def tfds_rows(
     if name not in found.info.splits:
         valid = ", ".join(found.info.splits) or "none"
         raise DataError(f"{directory} has no split {name!r}; valid: {valid}")
-    valid = tuple(found.info.features)
+    valid = sorted(found.info.features)
     if unknown := sorted(set((fields or {}).values()) - set(valid)):
         raise DataError(f"{directory} has no field {unknown}; valid: {', '.join(valid)}")
     if found.info.splits[split].num_examples == 0:

@@ -70,7 +70,7 @@ def parse(files: Mapping[str, bytes]) -> list[Snippet]:
 def _table(content: bytes) -> Iterable[list[str]]:
     for line in content.decode("utf-8-sig").split("\n"):
         if line.strip():
-            yield line.rstrip("\r").split("\t")
+            yield line.split("\t")
 
 
 def key(text: str) -> str:
