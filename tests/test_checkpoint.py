@@ -443,3 +443,35 @@ def test_a_second_signal_kills_at_once():
             pass
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_with_several_processes_jax_says_when_all_stop():
+    # One process is enough: the same service coordinates any number.
+    code = """
+        import os, signal, socket, time, jax
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        jax.config.update("jax_platforms", "cpu")
+        jax.distributed.initialize(f"127.0.0.1:{port}", 1, 0)
+        from rlhf_jax.preemption import Preemption
+        with Preemption() as preemption:
+            assert not preemption.requested(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            for step in range(2, 400):
+                if preemption.requested(step):
+                    print("stopped", flush=True)
+                    break
+                time.sleep(0.05)
+        jax.distributed.shutdown()
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines()[-1:] == ["stopped"], done.stderr
+    assert done.returncode == 0

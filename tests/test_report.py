@@ -48,6 +48,13 @@ def read(path):
     return Page(path.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(autouse=True)
+def picture(request, monkeypatch):
+    """Tests of the page need no picture: drawing it takes most of the time."""
+    if "picture" not in request.function.__name__:
+        monkeypatch.setattr(figures, "png", lambda *_, **__: b"")
+
+
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,6 +106,14 @@ def test_a_page_needs_nothing_but_itself(tmp_path):
         assert name not in ("src", "srcset")
         assert name != "href" or value.startswith("#")
     assert "url(" not in path.read_text()
+
+
+def test_a_picture_of_the_main_curves_lies_beside_the_page(tmp_path):
+    make_run(tmp_path)
+    rows = [ppo_row(step) for step in range(60)]
+    rows[3]["a$b$/loss"] = 1.0  # not a formula
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    report(tmp_path)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
