@@ -3,6 +3,7 @@
 Rebuilds `experiments/quickstart_base/model.safetensors`, which the repository ships:
 
     rlhf-jax train experiments/quickstart_base.py --out runs/quickstart_base
+    cp runs/quickstart_base/model.safetensors experiments/quickstart_base/
 
 Expect a held-out loss of 4.91 nats per word.
 """
@@ -41,8 +42,8 @@ def text(split: str, batch: int):
 
 
 def export(out: Path) -> None:
-    """Write the trained weights in bfloat16 where the quickstart looks for them."""
-    weights.save(WEIGHTS, restore_params(out / "sft", "policy"), dtype="bfloat16")
+    """Write the trained weights in bfloat16."""
+    weights.save(out / "model.safetensors", restore_params(out / "sft", "policy"), dtype="bfloat16")
 
 
 def config() -> Pipeline:

@@ -1,7 +1,7 @@
 """The command line: train, sample, eval, report, show.
 
 A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
-stopped by a signal, its state saved, with 0 (SIGTERM) or 130 (Ctrl-C).
+that a signal stopped, its state saved, with 0.
 """
 
 from __future__ import annotations

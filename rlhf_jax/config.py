@@ -6,6 +6,8 @@ from an earlier one's weights). An ablation is `dataclasses.replace` over anothe
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +17,7 @@ from rlhf_jax.advantages import gae, whitened
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
+from rlhf_jax.sharding import mesh_shape
 
 RESERVED = ("self", "rollout", "eval", "time", "speed")  # prefixes of metrics, and of logits
 
@@ -165,8 +168,18 @@ def check(config: Config, *, devices: int) -> None:
     Raises:
         ConfigError: saying what was wrong and what is valid.
     """
-    if config.steps < 0:
-        raise ConfigError(f"steps={config.steps}: must be at least 0")
+    try:
+        mesh_shape(config.mesh, devices)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    _check_numbers(config)
+    _check_calls(config, "")
+    for name, frozen in config.frozen.items():
+        if frozen.model is None and frozen.start.learner not in config.learners:
+            raise ConfigError(
+                f"frozen.{name}: no learner {frozen.start.learner!r} to take the model of; valid: "
+                f"{', '.join(config.learners)}, or give model="
+            )
     known = set(config.models)
 
     def exists(name, valid, where):
@@ -182,15 +195,67 @@ def check(config: Config, *, devices: int) -> None:
         exists(learner.batch, streams, f"learners.{name}.batch")
         for other in learner.scores:
             exists(other, known, f"learners.{name}.scores")
-        for number in ("epochs", "minibatches", "microbatches", "chunk"):
-            if getattr(learner, number) < 1:
-                raise ConfigError(f"learners.{name}.{number}: must be at least 1")
     for name, evaluation in config.evaluation.items():
         exists(evaluation.learner, set(config.learners), f"evaluation.{name}.learner")
         exists(evaluation.batch, set(config.data), f"evaluation.{name}.batch")
     if config.rollouts is not None:
         _check_rollouts(config, config.rollouts, exists)
     _check_batches(config, devices)
+
+
+def _check_numbers(config):
+    """Every number that has a least value, with its path."""
+    least = {"steps": (config.steps, 0), "seed": (config.seed, 0)}
+    least["max_skipped"] = (config.max_skipped, 1)
+    for name in ("every", "keep"):
+        least[f"checkpoint.{name}"] = (getattr(config.checkpoint, name), 1)
+    for learner, spec in config.learners.items():
+        for name in ("epochs", "minibatches", "microbatches", "chunk"):
+            least[f"learners.{learner}.{name}"] = (getattr(spec, name), 1)
+    for evaluation, spec in config.evaluation.items():
+        for name in ("batches", "every"):
+            least[f"evaluation.{evaluation}.{name}"] = (getattr(spec, name), 1)
+    for stream in config.data:
+        if batch_size(config, stream) is not None:
+            least[f"data.{stream}.batch"] = (batch_size(config, stream), 1)
+    if config.rollouts is not None:
+        for name in ("length", "samples", "microbatches"):
+            least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 1)
+        for name in ("normalise", "show", "show_every"):
+            least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 0)
+        sampling = config.rollouts.sampling
+        least["rollouts.sampling.top_k"] = (sampling.top_k, 0)
+        if not sampling.temperature > 0:
+            raise ConfigError(
+                f"rollouts.sampling.temperature={sampling.temperature}: must be above 0; "
+                "for greedy decoding set top_k=1"
+            )
+        if not 0 < sampling.top_p <= 1:
+            raise ConfigError(f"rollouts.sampling.top_p={sampling.top_p}: needs 0 < top_p ≤ 1")
+    for path, (value, bound) in least.items():
+        if value < bound:
+            raise ConfigError(f"{path}={value}: must be at least {bound}")
+
+
+def _check_calls(value, path):
+    """No partial may name an argument that its function does not have."""
+    if isinstance(value, partial):
+        try:
+            inspect.signature(value.func).bind_partial(*value.args, **value.keywords)
+        except TypeError as error:
+            valid = ", ".join(inspect.signature(value.func).parameters)
+            raise ConfigError(
+                f"{path}: {value.func.__name__}() {error}; its arguments are {valid}"
+            ) from error
+        children = value.keywords
+    elif isinstance(value, Mapping):
+        children = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        children = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    else:
+        children = {str(i): x for i, x in enumerate(value)} if isinstance(value, tuple) else {}
+    for name, child in children.items():
+        _check_calls(child, f"{path}.{name}" if path else name)
 
 
 def _check_rollouts(config, spec, exists):
@@ -203,12 +268,12 @@ def _check_rollouts(config, spec, exists):
         raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
     if spec.value is not None and not config.models[spec.value].value_head:
         raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
-    if spec.length < 1 or spec.samples < 1:
-        raise ConfigError("rollouts.length and rollouts.samples must be at least 1")
-    if not spec.sampling.temperature > 0:
+    prompt = getattr(config.data[spec.prompts], "keywords", {}).get("length", 1)
+    context = config.models[spec.policy].context
+    if prompt + spec.length > context:
         raise ConfigError(
-            f"rollouts.sampling.temperature={spec.sampling.temperature}: must be above 0; "
-            "for greedy decoding set top_k=1"
+            f"prompts of up to {prompt} tokens and rollouts.length={spec.length} exceed the "
+            f"model's context of {context} tokens; shorten one of them"
         )
     rows = rollout_rows(config)
     if rows is not None and rows % spec.microbatches:
@@ -219,12 +284,7 @@ def _check_batches(config, devices):
     """Every minibatch must split evenly over micro-batches and over the devices that share rows."""
     sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
     sizes |= {name: batch_size(config, name) for name in config.data}
-    data, fsdp, tensor = config.mesh
-    others = [n for n in config.mesh if n != -1]
-    spread = 1
-    for n in others:
-        spread *= n
-    data, fsdp, _ = (n if n != -1 else max(1, devices // spread) for n in (data, fsdp, tensor))
+    data, fsdp, _ = mesh_shape(config.mesh, devices)
     for name, learner in config.learners.items():
         size = sizes[learner.batch]
         parts = learner.minibatches * learner.microbatches * data * fsdp

@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ def load(file: str | Path) -> Config | Pipeline:
     path = Path(file).resolve()
     if not path.is_file():
         raise ConfigError(f"there is no experiment file {file}")
+    if path.suffix != ".py":
+        raise ConfigError(f"{file} is not a .py file; an experiment is a Python file with config()")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     # The module itself can be found by name, which lets worker processes unpickle the functions
@@ -33,13 +36,26 @@ def load(file: str | Path) -> Config | Pipeline:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _at_the_users_line(file, path, error) from error
     if not callable(getattr(module, "config", None)):
         raise ConfigError(f"{file} defines no function config() that returns a Config")
-    value = module.config()
+    try:
+        value = module.config()
+    except Exception as error:
+        raise _at_the_users_line(file, path, error) from error
     if not isinstance(value, Config | Pipeline):
         raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
     return value
+
+
+def _at_the_users_line(file: str | Path, path: Path, error: Exception) -> ConfigError:
+    """What went wrong in the user's file, and the last line of it that was running."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+    return ConfigError(f"{file}, line {line}: {type(error).__name__}: {error}")
 
 
 def override(value: Any, settings: Sequence[str]) -> Any:

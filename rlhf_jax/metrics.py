@@ -63,6 +63,8 @@ class Meter:
                 self.name, total=self.total, completed=self.start, said="compiling"
             )
             self._progress.start()
+        elif self._host and self.start < self.total:
+            print(f"{self.name} {self.start}/{self.total}  compiling", flush=True)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -154,8 +156,12 @@ class Meter:
         if now - self._said < LINE_SECONDS and done not in (self.start + 1, self.total):
             return
         self._said = now
-        left = (now - self._began) / max(1, done - self.start) * (self.total - done)
-        print(f"{self.name} {done}/{self.total}  {said}  {left:.0f} s left", flush=True)
+        if done == self.start + 1:  # it compiled: no measure of the others
+            self._began, left = now, ""
+        else:
+            each = (now - self._began) / (done - self.start - 1)
+            left = f"  {each * (self.total - done):.0f} s left"
+        print(f"{self.name} {done}/{self.total}  {said}{left}", flush=True)
 
 
 def _number(name: str, x: Any) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.config import Config, ConfigError, Pipeline
+from rlhf_jax.config import Config, ConfigError, Pipeline, check
 from rlhf_jax.experiment import describe, difference, load, override
 from rlhf_jax.train import train
 
@@ -41,6 +41,9 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
         ConfigError: if the experiment is wrong, or the directory holds a run that this would harm.
     """
     value = override(load(file), settings)
+    for stage in [value] if isinstance(value, Config) else value.stages.values():
+        if isinstance(stage, Config):
+            check(stage, devices=jax.device_count())  # before the directory is claimed
     out = Path(out).resolve()
     record = {
         "file": str(Path(file).resolve()),
@@ -71,14 +74,14 @@ def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> Non
                     f"  rlhf-jax train {file} --out {out}{settings} --resume\n"
                     "or choose another --out"
                 )
-            shown = "\n  ".join(lines[:20])
+            shown = "\n  ".join(_short(lines))
             raise ConfigError(
                 f"{out} holds another run; choose another --out. It differs in (there -> here):\n"
                 f"  {shown}"
             )
         fixed = [line for line in lines if not set(line.split(":")[0].split(".")) & set(FREE)]
         if fixed:
-            shown = "\n  ".join(fixed[:20])
+            shown = "\n  ".join(_short(fixed))
             raise ConfigError(
                 f"{out} cannot be resumed with another experiment (there -> here):\n  {shown}\n"
                 f"Only {', '.join(FREE)} may change; choose another --out for the rest"
@@ -93,6 +96,11 @@ def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> Non
         raise ConfigError(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
+
+
+def _short(lines: list[str]) -> list[str]:
+    cut = [line if len(line) <= 120 else line[:117] + "..." for line in lines[:12]]
+    return cut + ([f"(and {len(lines) - 12} more)"] if len(lines) > 12 else [])
 
 
 def run_stages(pipeline: Pipeline, out: Path) -> None:
@@ -143,7 +151,7 @@ def find(directory: str | Path, *, file: str | None = None) -> Recorded:
     value = override(load(source), record["settings"])
     lines = difference(record["config"], describe(value))
     if lines:
-        shown = "\n  ".join(lines[:20])
+        shown = "\n  ".join(_short(lines))
         print(f"note: {source} has changed since this run (then -> now):\n  {shown}", flush=True)
     return Recorded(value, directory)
 

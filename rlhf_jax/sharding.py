@@ -7,6 +7,7 @@ splits them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -31,31 +32,36 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence | None = None) -> Mesh:
-    """A `(data, fsdp, tensor)` mesh; one entry may be -1: all devices that are left.
+def mesh_shape(shape: Sequence[int], devices: int) -> tuple[int, ...]:
+    """The sizes of a `(data, fsdp, tensor)` mesh; one entry may be -1: all devices that are left.
 
     Raises:
         ValueError: if the shape does not use exactly the devices there are.
     """
+    sizes = list(shape)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if len(sizes) != len(AXES) or not whole or sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes:
+        raise ValueError(
+            f"mesh {tuple(sizes)}: needs three positive sizes {AXES}, of which one may be -1"
+        )
+    known = math.prod(n for n in sizes if n != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise ValueError(
+            f"mesh {tuple(shape)} over {AXES} does not use exactly the {devices} devices; "
+            f"try ({devices}, 1, 1)"
+        )
+    return tuple(sizes)
+
+
+def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence | None = None) -> Mesh:
+    """A `(data, fsdp, tensor)` mesh over the devices; see `mesh_shape`."""
     devices = list(jax.devices() if devices is None else devices)
-    shape = list(shape)
-    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise ValueError(
-            f"mesh {tuple(shape)}: needs three positive sizes {AXES}, of which one may be -1"
-        )
-    known = 1
-    for n in shape:
-        known *= n if n != -1 else 1
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-        known = len(devices)
-    if known != len(devices):
-        raise ValueError(
-            f"mesh {tuple(shape)} over {AXES} does not use exactly the {len(devices)} devices; "
-            f"try ({len(devices)}, 1, 1)"
-        )
     # Auto: the compiler places collectives. The default, Explicit, breaks every plain gather.
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    shape = mesh_shape(shape, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

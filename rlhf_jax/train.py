@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_jax import rewards, sharding
 from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
-from rlhf_jax.config import Config, check
+from rlhf_jax.config import Config, ConfigError, check
 from rlhf_jax.data import tokenizers
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, samples_of, weights_of
@@ -66,7 +66,10 @@ def train(
         jax.set_mesh(mesh),
         Checkpoints(out / "checkpoints", keep=keep) as checkpoints,
     ):
-        phases = build(config, mesh)
+        try:
+            phases = build(config, mesh)
+        except ValueError as error:  # a weight that does not divide, or has no sharding rule
+            raise ConfigError(str(error)) from error
         streams = open_streams(config)
         latest = checkpoints.latest() if resume else None
         if latest is None:
@@ -78,6 +81,8 @@ def train(
             state = checkpoints.restore(latest, abstract_state(config, phases), streams)
             frozen = checkpoints.restore_frozen(abstract_frozen(config, mesh))
         start = int(state.step)
+        if start >= config.steps and latest is not None:
+            print(f"already at step {start} of {config.steps}: nothing to do", flush=True)
         tokenizer = tokenizers.load(config.tokenizer)
         with Meter(out, name=stage or config.name, start=start, total=config.steps) as meter:
             run = Run(config, phases, frozen, streams, tokenizer, meter, out)

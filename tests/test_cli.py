@@ -1,7 +1,9 @@
 """What the command line answers: a user's mistake gets one message, not a traceback."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -36,7 +38,7 @@ def test_every_experiment_loads_and_its_batches_divide(file):
     runs = [value] if isinstance(value, Config) else value.stages.values()
     for one in runs:
         if isinstance(one, Config):
-            check(one, devices=1)
+            check(replace(one, mesh=(1, 1, 1)), devices=1)
             jax.eval_shape(
                 lambda one=one: [x.model.init(jax.random.key(0)) for x in one.learners.values()]
             )
@@ -62,6 +64,13 @@ def test_show_prints_every_number_and_the_batch_plan(capsys):
         (["show", SMOKE, "--set", "learners.policy.minibatches=3"], "do not divide into 3"),
         (["show", SMOKE, "--set", "rollouts.sampling.temperature=0.0"], "must be above 0"),
         (["show", SMOKE, "--set", "learners.policy.objective=grpo"], "this is code, not a number"),
+        (["show", SMOKE, "--set", "mesh=(2,2)"], "needs three positive sizes"),
+        (["show", SMOKE, "--set", "mesh=(3,1,1)"], "does not use exactly the 8 devices"),
+        (["show", SMOKE, "--set", "rollouts.microbatches=0"], "must be at least 1"),
+        (["show", SMOKE, "--set", "rollouts.length=60"], "exceed the model's context of 64"),
+        (["show", SMOKE, "--set", "rollouts.sampling.top_p=2.0"], "needs 0 < top_p ≤ 1"),
+        (["show", SMOKE, "--set", "frozen.reference.start.learner=foo"], "no learner 'foo'"),
+        (["show", str(EXPERIMENTS / "README.md")], "is not a .py file"),
         (["sample", "nowhere"], "holds no run"),
         (["eval", "nowhere"], "holds no run"),
         (["report", "nowhere"], "nowhere"),
@@ -80,6 +89,41 @@ def test_an_experiment_without_a_config_function_is_refused(tmp_path, capsys):
     file.write_text("x = 1\n")
     status, _, err = run(capsys, "show", file)
     assert (status, "defines no function config()" in err) == (2, True)
+
+
+def test_a_mistake_in_an_experiments_file_names_its_line(tmp_path, capsys):
+    file = tmp_path / "broken_experiment.py"
+    file.write_text("import nothing_of_this_name\n")
+    assert "line 1: ModuleNotFoundError" in run(capsys, "show", file)[2]
+    file.write_text("def config(:\n")
+    assert "line 1: SyntaxError" in run(capsys, "show", file)[2]
+    file.write_text(
+        "from functools import partial\nimport smoke\nfrom dataclasses import replace\n"
+        "from rlhf_jax.objectives import ppo\n"
+        "def config():\n"
+        "    base = smoke.config()\n"
+        "    policy = replace(base.learners['policy'], objective=partial(ppo, klip=0.2))\n"
+        "    return replace(base, learners={**base.learners, 'policy': policy})\n"
+    )
+    load(SMOKE)  # puts its folder where the file above finds it
+    status, _, err = run(capsys, "show", file)
+    assert status == 2
+    assert "learners.policy.objective: ppo() got an unexpected keyword argument 'klip'" in err
+
+
+def test_a_refused_experiment_does_not_claim_the_directory(tmp_path, capsys):
+    out = tmp_path / "run"
+    bad = ["--set", "learners.policy.minibatches=3"]
+    assert run(capsys, "train", SMOKE, "--out", out, *bad)[0] == 2
+    assert not out.exists()
+
+
+def test_no_document_ships_a_placeholder():
+    root = EXPERIMENTS.parent
+    for path in [*root.glob("*.md"), *EXPERIMENTS.rglob("*.md"), *EXPERIMENTS.rglob("*.py")]:
+        assert not re.search(r"\b[A-Z]+_(RESULT|TIME|NUMBERS|EXPECT|LOSS)\b", path.read_text()), (
+            path
+        )
 
 
 def test_a_directory_with_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
