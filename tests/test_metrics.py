@@ -140,7 +140,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
             m.write(step, {"rollout/reward": 0.25, "rollout/kl": 3.0})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == count + 1  # the first says that it compiles
-    assert lines[0].startswith("ppo 1/50  reward +0.250  KL 3.00  tok/s: rollout ")
+    assert lines[1].startswith("ppo 1/50  reward +0.250  KL 3.00  tok/s: rollout ")
     assert lines[-1].startswith("ppo 50/50")
     assert lines[-1].endswith("0 s left")
 
