@@ -112,7 +112,7 @@ def reading(path: epath.Path):
     except (CheckpointError, jax.errors.JaxRuntimeError):  # the latter: out of device memory
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split("See full TensorStore")[0].split())[:200]
         parent = path.parent
         earlier = [int(p.name) for p in parent.iterdir() if p.name.isdigit() and p != path]
         earlier = sorted(s for s in earlier if path.name.isdigit() and s < int(path.name))
