@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunError, RewardError, CheckpointError) as error:
+    except (RunError, RewardError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
