@@ -140,6 +140,13 @@ def test_the_row_named_is_the_rollouts_although_empty_rows_are_not_scored():
         text(host_scores.nan_on_b)(rollout([3, 2], [], [4, 2]), {})
 
 
+def test_a_row_without_a_masked_token_is_not_scored_and_gets_0():
+    shown = []
+    reward = from_text(host_scores.seventy, decode=lambda ids: shown.append(ids) or "text")(AB, {})
+    assert len(shown) == 3
+    assert not reward[2].any()
+
+
 def test_a_function_without_a_module_level_name_is_refused_with_what_to_do():
     with pytest.raises(RewardError, match="define it with def at the top level of a module"):
         text(lambda text: 1.0)(AB, {})
