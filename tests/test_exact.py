@@ -90,6 +90,7 @@ class FourTokens(Transformer):
 
 
 MODEL = FourTokens(vocab=5, width=32, layers=1, heads=4, kv_heads=2, mlp=64, value_head=True)
+ADAM = partial(adam, learning_rate=2e-3, final=0.02, steps=STEPS * 2 * 4)
 MODELS = {"policy": MODEL, "reference": toys.Table(5)}
 
 
@@ -103,9 +104,9 @@ def step(state, key, discount):
     spec = Learner(
         MODEL,
         partial(objectives.combine, **parts),
-        optimizer=partial(adam, learning_rate=5e-3, final=0.02, steps=STEPS * 4),
+        optimizer=ADAM,
         epochs=2,
-        minibatches=2,
+        minibatches=4,
     )
 
     def advantage(reward, value, mask, prompt_id):
@@ -136,8 +137,7 @@ def trained():
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})  # it runs for long
     def run(key, discount):
-        init = partial(adam, learning_rate=5e-3, final=0.02, steps=STEPS * 4)
-        start = phases.init_learner(key, learner=Learner(MODEL, None, optimizer=init))
+        start = phases.init_learner(key, learner=Learner(MODEL, None, optimizer=ADAM))
         state = start, Control(jnp.float32(BETA), jnp.float32(0), jnp.float32(1))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(STEPS))
         (learner, _), metrics = jax.lax.scan(lambda s, k: step(s, k, discount), state, keys)
@@ -158,7 +158,7 @@ def trained():
 
 
 def test_ppo_reaches_the_tilted_reference(trained):
-    """KL(policy‖optimum) ≤ 2e-3 nats; three seeds ended between 1.7e-4 and 2.6e-4."""
+    """KL(policy‖optimum) ≤ 2e-3 nats; six seeds ended between 5e-5 and 4e-4."""
     q = trained(1.0)
     reached = kl(q, tilted(BETA))
     assert reached <= 2e-3
