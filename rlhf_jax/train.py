@@ -6,7 +6,7 @@ metrics → checkpoint. Offline learners enter at update with batches of their o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,19 @@ def train(
     resume: bool = False,
     stages: Mapping[str, Path] | None = None,
     stage: str = "",
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
     """Run all steps, from the last checkpoint in `out` if resuming; return the last state.
 
-    `stages` maps earlier stages of a pipeline to their directories.
+    `stages` maps earlier stages of a pipeline to their directories; `devices` None means all.
 
     Raises:
         ConfigError: for an experiment that cannot run. RunError: for one that cannot go on.
         Stopped: after SIGTERM or Ctrl-C, once everything is saved.
     """
-    check(config, devices=jax.device_count())
-    mesh = sharding.make_mesh(config.mesh)
+    devices = jax.devices() if devices is None else devices
+    check(config, devices=len(devices))
+    mesh = sharding.make_mesh(config.mesh, devices)
     keep = config.checkpoint.keep
     with (
         Preemption() as preemption,

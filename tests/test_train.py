@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import objectives
+from rlhf_jax import objectives, runs
+from rlhf_jax import train as loop
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
 from rlhf_jax.data import streams
 from rlhf_jax.experiment import load
 from rlhf_jax.hostpool import RewardError
 from rlhf_jax.optimizer import sgd
-from rlhf_jax.runs import run_stages
-from rlhf_jax.train import RunError, train
+from rlhf_jax.train import RunError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMOKE = EXPERIMENTS / "smoke.py"
@@ -32,6 +32,12 @@ SMOKE = EXPERIMENTS / "smoke.py"
 
 def smoke(**changes) -> Config:
     return replace(load(SMOKE), mesh=(1, 1, 1), **changes)
+
+
+def train(config, out, **options):
+    """On the first devices, as many as the mesh needs."""
+    devices = jax.devices()[: int(np.prod(config.mesh))]
+    return loop.train(config, out, devices=devices, **options)
 
 
 def bits(tree):
@@ -46,32 +52,22 @@ def log(out):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def as_on_a_users_machine(tmp_path_factory):
-    """A mesh takes the first devices it needs, and programs are compiled once for all runs."""
+def compiled_once(tmp_path_factory):
+    """Programs are compiled once for all runs."""
     from jax.experimental.compilation_cache import compilation_cache
-
-    from rlhf_jax import sharding
-
-    whole = sharding.make_mesh
-
-    def make(shape, devices=None):
-        n = int(np.prod(shape))
-        return whole(shape, devices if devices is not None else jax.devices()[:n])
 
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", make)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +165,7 @@ def test_a_bad_reward_stops_the_run_and_is_shown(reward, says, tmp_path):
 def test_prompts_that_exceed_the_context_are_refused(tmp_path):
     config = smoke(steps=1)
     long = replace(config, rollouts=replace(config.rollouts, length=60, show=0))
-    with pytest.raises(RunError, match=r"make 68, but the model's context is 64"):
+    with pytest.raises(ConfigError, match=r"exceed the model's context of 64"):
         train(long, tmp_path)
 
 
@@ -225,8 +221,11 @@ def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_pipelines_stage_starts_from_an_earlier_ones_weights_and_is_not_run_twice(tmp_path):
-    ran = []
+def test_a_pipelines_stage_starts_from_an_earlier_ones_weights_and_is_not_run_twice(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "train", train)
+    run_stages, ran = runs.run_stages, []
     still = partial(sgd, learning_rate=0.0)
     stages = {
         "first": sft(2),
