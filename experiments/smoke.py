@@ -43,7 +43,7 @@ ROWS = [
 def config() -> Config:
     """Policy, critic and reward model, all learning in one loop."""
     policy = Transformer(
-        vocab=264, width=32, layers=2, heads=4, kv_heads=2, mlp=64, context=64
+        vocab=264, width=32, layers=1, heads=4, kv_heads=2, mlp=64, context=64
     )  # fmt: skip
     scalar = replace(policy, lm_head=False, value_head=True)
     data = {"tokenizer": "bytes", "source": ROWS}
