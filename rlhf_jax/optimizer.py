@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import optax
 
+from rlhf_jax.sharding import path_name
+
 
 def adam(
     *,
@@ -38,7 +40,12 @@ def adam(
 
 
 def _matrices(params):
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    """Scanned layers carry a leading axis: there a scale has two, and is no matrix."""
+
+    def one(path, x):
+        return x.ndim - ("layers/" in path_name(path)) > 1
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def sgd(*, learning_rate: float, clip: float | None = None) -> optax.GradientTransformation:
