@@ -52,6 +52,9 @@ class Transformer:
     dtype: str = "float32"
 
     def __post_init__(self):
+        for name in ("vocab", "width", "layers", "heads", "kv_heads", "mlp", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.head_dim is None and self.width % self.heads:
