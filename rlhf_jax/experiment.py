@@ -81,7 +81,10 @@ def _replaced(node: Any, names: list[str], text: str, setting: str) -> Any:
         listed = ", ".join(children) if children else "nothing: it is a plain value"
         raise ConfigError(f"--set {setting}: there is no {name!r} here.{hint} Valid: {listed}")
     old = children[name]
-    new = _replaced(old, rest, text, setting) if rest else _parsed(old, text, setting)
+    if rest:
+        new = _replaced(old, rest, text, setting)
+    else:
+        new = _parsed(old, text, setting, optional=_may_be_none(node, name))
     try:
         if isinstance(node, partial):
             return partial(node.func, *node.args, **{**node.keywords, name: new})
@@ -115,7 +118,18 @@ def _children(node: Any) -> dict[str, Any]:
     return {}
 
 
-def _parsed(old: Any, text: str, setting: str) -> Any:
+def _may_be_none(node: Any, name: str) -> bool:
+    """Whether the annotation of a field or an argument has None in it, or there is none."""
+    if isinstance(node, partial):
+        parameter = inspect.signature(node.func).parameters.get(name)
+        annotation = inspect.Parameter.empty if parameter is None else parameter.annotation
+        return annotation is inspect.Parameter.empty or "None" in str(annotation)
+    if dataclasses.is_dataclass(node):
+        return "None" in str(next(f.type for f in dataclasses.fields(node) if f.name == name))
+    return True
+
+
+def _parsed(old: Any, text: str, setting: str, *, optional: bool) -> Any:
     """The text as a value of the old one's kind."""
     if callable(old) or dataclasses.is_dataclass(old) or isinstance(old, Mapping):
         inner = ", ".join(_children(old)) or "nothing below it"
@@ -131,7 +145,9 @@ def _parsed(old: Any, text: str, setting: str) -> Any:
         new = float(new)
     if isinstance(old, tuple) and isinstance(new, list):
         new = tuple(new)
-    if old is not None and new is not None and type(new) is not type(old):
+    if isinstance(old, str) and not isinstance(new, str) and not (new is None and optional):
+        new = text
+    if not (optional if new is None else old is None or type(new) is type(old)):
         raise ConfigError(
             f"--set {setting}: {text!r} is {type(new).__name__}, valid is {type(old).__name__} "
             f"(now {old!r})"
@@ -142,7 +158,8 @@ def _parsed(old: Any, text: str, setting: str) -> Any:
 def describe(value: Any) -> Any:
     """An experiment as JSON: dataclasses by field, functions by name, partials with arguments."""
     if isinstance(value, partial):
-        return {"function": _name(value.func), **describe(value.keywords)}
+        given = {"arguments": describe(value.args)} if value.args else {}
+        return {"function": _name(value.func), **given, **describe(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             "type": type(value).__name__,
