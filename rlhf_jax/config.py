@@ -170,8 +170,10 @@ def check(config: Config, *, devices: int) -> None:
     """
     try:
         mesh_shape(config.mesh, devices)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
+    except TypeError as error:
+        raise ConfigError(f"mesh={config.mesh}: three sizes, (data, fsdp, tensor)") from error
     _check_numbers(config)
     _check_calls(config, "")
     for name, frozen in config.frozen.items():
@@ -294,6 +296,15 @@ def _check_batches(config, devices):
                 f"learners.{name}: {size} rows of {learner.batch!r} do not divide into "
                 f"{learner.minibatches} minibatches × {learner.microbatches} micro-batches × "
                 f"{data * fsdp} devices; use a multiple of {parts}, such as {up}"
+            )
+    for name, evaluation in config.evaluation.items():
+        size, micro = sizes[evaluation.batch], config.learners[evaluation.learner].microbatches
+        parts = micro * data * fsdp
+        if size is not None and size % parts:
+            raise ConfigError(
+                f"evaluation.{name}: {size} rows of {evaluation.batch!r} do not divide into "
+                f"{micro} micro-batches × {data * fsdp} devices; use a multiple of {parts}, "
+                f"such as {-(-size // parts) * parts}"
             )
 
 
