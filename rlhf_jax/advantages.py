@@ -62,21 +62,60 @@ def reward_to_go(
     return gae(reward, value, mask, prompt_id, discount=discount, trace=1.0)
 
 
+def credit_horizon(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    horizon: int,
+    discount: float = 1.0,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = G − V, G = Σ_{k<h} γᵏ r of the token and the h − 1 chosen after it; target = G.
+
+    Nothing is bootstrapped: reward beyond the horizon does not exist, and with reward at the end
+    only the last h tokens learn from it. A KL penalty in the reward is cut off in the same way; one
+    that is a loss (`reference_kl`, `sampled_kl` with k2) stays with its own token, for every h.
+    """
+    del prompt_id
+    if horizon < 1:
+        raise ValueError(f"horizon={horizon}: at least 1, the token itself")
+    # Tokens in use to the front, in order, so that "the next k" are neighbours.
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    packed = jnp.take_along_axis(masked.select(reward, mask), order, axis=1)
+    width = mask.shape[1]
+
+    def add(k, total):
+        later = jnp.where(jnp.arange(width) + k < width, jnp.roll(packed, -k, axis=1), 0.0)
+        return total + discount**k * later
+
+    packed_return = jax.lax.fori_loop(0, min(horizon, width), add, jnp.zeros_like(packed))
+    target = jnp.take_along_axis(packed_return, jnp.argsort(order, axis=1), axis=1)
+    target = masked.select(target, mask)
+    return target - masked.select(value, mask), target
+
+
 def group_relative(
     reward: Float[Array, "b t"],
     value: Float[Array, "b t"],
     mask: Bool[Array, "b t"],
     prompt_id: Int[Array, "b"],
     *,
+    normalise: bool = True,
     epsilon: float = 1e-4,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """A = (R − mean) / (std + ε) of the prompt's samples, on every token (GRPO: Shao et al. 2024).
 
-    R is the row's summed reward; the deviation is the biased one. A prompt whose samples all earn
-    the same teaches nothing: exactly 0. The critic's value plays no part; target = reward to go.
+    R is the row's summed reward; the deviation is the biased one; `normalise=False` does not divide
+    (Dr. GRPO: Liu et al. 2025). The mean holds the sample itself, so that n samples give (n − 1)/n
+    of the gradient, and dividing by std weighs prompts by how sure they are: see `leave_one_out`.
+    A prompt whose samples all earn the same teaches nothing: exactly 0. The critic's value plays no
+    part; target = reward to go.
     """
     advance, same, size = _against_group(reward, mask, prompt_id)
     centred = advance / size
+    if not normalise:
+        return _on_every_token(centred, reward, mask)
     spread = jnp.sqrt(jnp.sum(jnp.where(same, centred[None, :] ** 2, 0.0), axis=1) / size)
     return _on_every_token(centred / (spread + epsilon), reward, mask)
 
@@ -94,6 +133,24 @@ def leave_one_out(
     """
     advance, _, size = _against_group(reward, mask, prompt_id)
     return _on_every_token(advance / jnp.maximum(size - 1, 1), reward, mask)
+
+
+def batch_mean(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    own: bool = True,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """A = R − mean of the whole batch, on every token; `own=False` leaves the sample itself out.
+
+    R is the row's summed reward. With the own sample, B rows give (B − 1)/B of the gradient. The
+    critic's value plays no part; target = reward to go.
+    """
+    del prompt_id
+    advance, _, size = _against_group(reward, mask, jnp.zeros(mask.shape[0], jnp.int32))
+    return _on_every_token(advance / (size if own else jnp.maximum(size - 1, 1)), reward, mask)
 
 
 def whitened(

@@ -63,6 +63,7 @@ class Learner:
     minibatches: int = 1  # optimiser steps per epoch
     microbatches: int = 1  # parts of a minibatch that are in memory one after another
     transform: Callable | None = None  # batch, key -> batch (conditioning, filtering)
+    prepare: Callable | None = None  # scores, batch -> batch: statistics over the whole of it
     when: Callable[[int], bool] = always
     start: From | None = None  # None: fresh weights
     chunk: int = 2048  # tokens whose logits are in memory at once
@@ -83,6 +84,7 @@ class Rollouts:
     reward: Callable  # rollout, params -> [b, t]
     length: int  # longest response, in tokens
     prompts: str = "prompts"  # a stream of `Config.data`
+    transform: Callable | None = None  # prompts, key -> prompts (control tokens)
     samples: int = 1  # per prompt
     sampling: Sampling = Sampling()
     policy: str = "policy"
@@ -95,6 +97,19 @@ class Rollouts:
     microbatches: int = 1  # parts of the rollout that are scored one after another
     show: int = 8  # samples written on fixed prompts at the start, every so often, and at the end
     show_every: int = 50
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A batch made from others of the same step: comparisons, real and generated texts, the best.
+
+    `make(*batches, params, key) -> batch` is a pure function, compiled; one with an attribute
+    `on_host = True` is called as it is.
+    """
+
+    make: Callable
+    of: tuple[str, ...] = ("experience",)  # streams, "experience", or batches derived before
+    models: tuple[str, ...] = ()  # whose weights `params` holds, by name
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,7 @@ class Config:
     seed: int = 0
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     rollouts: Rollouts | None = None
+    derived: Mapping[str, Derived] = field(default_factory=dict)
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
     mesh: tuple[int, int, int] = (-1, 1, 1)  # data, fsdp, tensor; -1: all devices that are left
     checkpoint: Checkpointing = Checkpointing()
@@ -189,6 +205,14 @@ def check(config: Config, *, devices: int) -> None:
             raise ConfigError(f"{where}: there is no {name!r}; valid: {', '.join(sorted(valid))}")
 
     streams = set(config.data) | ({"experience"} if config.rollouts is not None else set())
+    for name, derived in config.derived.items():
+        if name in streams or name == "experience":
+            raise ConfigError(f"derived.{name}: there is a batch of that name already; rename it")
+        for source in derived.of:
+            exists(source, streams, f"derived.{name}.of")
+        for model in derived.models:
+            exists(model, known, f"derived.{name}.models")
+        streams.add(name)
     for name in {*config.learners, *config.frozen} & set(RESERVED):
         raise ConfigError(f"no learner or frozen tree may be called {name!r}: metrics are")
     if both := set(config.learners) & set(config.frozen):
@@ -288,7 +312,7 @@ def _check_batches(config, devices):
     sizes |= {name: batch_size(config, name) for name in config.data}
     data, fsdp, _ = mesh_shape(config.mesh, devices)
     for name, learner in config.learners.items():
-        size = sizes[learner.batch]
+        size = sizes.get(learner.batch)  # what is derived is known once it is made
         parts = learner.minibatches * learner.microbatches * data * fsdp
         if size is not None and size % parts:
             up = -(-size // parts) * parts
@@ -323,7 +347,7 @@ def batch_plan(config: Config, *, devices: int) -> dict[str, Any]:
         if learner.batch == "experience":
             rows = rollout_rows(config)
         else:
-            rows = batch_size(config, learner.batch)
+            rows = batch_size(config, learner.batch) if learner.batch in config.data else None
         parts = learner.minibatches * learner.microbatches
         plan[name] = {
             "learns from": learner.batch,

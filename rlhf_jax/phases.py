@@ -32,6 +32,7 @@ class Phases:
     generate: Callable | None  # params, prompts, key, sampling -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
     collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
+    derive: Mapping[str, Callable]  # *batches, params, key -> batch
     update: Mapping[str, Callable]  # state, frozen, batch, key -> state, metrics
     evaluate: Mapping[str, Callable]  # params, frozen, batch -> metrics
     shardings: TrainState  # of what `init` makes
@@ -41,6 +42,9 @@ class Phases:
         """This process's rows of a host batch, as arrays split over the mesh."""
         rows = sharding.rows(self.mesh)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+
+TRANSFORM = 0x7461_6773  # folded into a rollout's key for the prompts' transform: no prompt_id
 
 
 def phase_key(seed: int, step: int, phase: str) -> Array:
@@ -96,7 +100,13 @@ def build(config: Config, mesh: Mesh) -> Phases:
     sample = reward = collect = None
     if spec is not None:
         sample = jax.jit(
-            partial(_generate, model=models[spec.policy], length=spec.length), out_shardings=rows
+            partial(
+                _generate,
+                model=models[spec.policy],
+                length=spec.length,
+                transform=spec.transform,
+            ),
+            out_shardings=rows,
         )
         reward = spec.reward
         if not getattr(reward, "on_host", False):
@@ -104,11 +114,18 @@ def build(config: Config, mesh: Mesh) -> Phases:
         collect = jax.jit(
             partial(step.collect, spec=spec, models=models), out_shardings=(rows, same, same)
         )
+    derive = {
+        name: one.make
+        if getattr(one.make, "on_host", False)
+        else jax.jit(one.make, out_shardings=rows)
+        for name, one in config.derived.items()
+    }
     return Phases(
         init=jax.jit(make, out_shardings=parts),
         generate=sample,
         reward=reward,
         collect=collect,
+        derive=derive,
         update=updates,
         evaluate=evaluations,
         shardings=parts,
@@ -116,7 +133,9 @@ def build(config: Config, mesh: Mesh) -> Phases:
     )
 
 
-def _generate(params: Params, prompts: Prompts, key: Array, sampling, *, model, length):
+def _generate(params: Params, prompts: Prompts, key: Array, sampling, *, model, length, transform):
+    if transform is not None:
+        prompts = transform(prompts, jax.random.fold_in(key, TRANSFORM))
     return generate(params, prompts, key, model=model, length=length, sampling=sampling)
 
 

@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import hostpool, masked
 from rlhf_jax.hostpool import RewardError
+from rlhf_jax.ratios import k1 as k1
+from rlhf_jax.ratios import k2 as k2
+from rlhf_jax.ratios import k3 as k3
 from rlhf_jax.types import Params, Rollout
 
 
@@ -37,6 +40,14 @@ class from_text:
     number stops the run with a RewardError that shows the row; nothing is replaced by 0. A row
     without a masked token has nothing to be paid for and is not scored. Workers import `score` by
     its name, never touch an accelerator, and live until the program ends.
+
+    With `dense`, each token is paid what it changed: Φ(text up to the next masked token) − Φ(text
+    up to this one), the score as a potential (Ng et al. 1999, eq. 2, with discount 1). Departs: Φ
+    is 0 before the first masked token, so that a row's rewards add up to the score of its whole
+    text, as without `dense` (up to rounding: about 1e-7 · max |Φ| per token). What an environment
+    adds belongs to the token that it answers. Prefixes may end inside a word, which is scored as it
+    stands; a score that only makes sense of finished texts is a poor potential. Costs one call of
+    `score` for each token that changes the text.
     """
 
     score: Callable[[str], float]  # a function of a module: workers import it
@@ -45,6 +56,7 @@ class from_text:
     prompt: bool = True  # the text is prompt and response; False: the response alone
     timeout: float = 30.0  # seconds per sample; a worker's first one pays for what `score` loads
     workers: int | None = None  # None: one per core, at most 16
+    dense: bool = False  # pay token by token; False: the whole score on the last masked token
 
     on_host: ClassVar[bool] = True
 
@@ -56,17 +68,28 @@ class from_text:
 
     def __call__(self, rollout: Rollout, params: Mapping[str, Params]) -> Float[Array, "b t"]:
         """Rewards of all rows, which this process must be able to see; `params` plays no part."""
-        mask = np.asarray(rollout.mask)
+        mask, tokens = np.asarray(rollout.mask), np.asarray(rollout.tokens)
         used = np.asarray(rollout.segments) > 0 if self.prompt else mask
-        rows = np.flatnonzero(mask.any(axis=1))
-        decode = self._decode()
-        texts = [decode(ids[keep].tolist()) for ids, keep in zip(
-            np.asarray(rollout.tokens)[rows], used[rows], strict=True
-        )]  # fmt: skip
+        paid = mask if self.dense else np.asarray(masked.is_last(rollout.mask))
+        decode, texts = self._decode(), {}
+        for row in np.flatnonzero(mask.any(axis=1)).tolist():
+            at = np.flatnonzero(paid[row]).tolist()
+            for start, end in zip(at, [*at[1:], mask.shape[1]], strict=True):
+                texts[row, start] = decode(tokens[row, :end][used[row, :end]].tolist())
+        # A token that leaves the text as it is (EOS) is not scored again.
+        distinct = list(dict.fromkeys((row, text) for (row, _), text in texts.items()))
         pool = hostpool.shared(self.score, self.workers)
-        score = np.zeros(mask.shape[0], np.float32)
-        score[rows] = pool.map(texts, timeout=self.timeout, names=rows.tolist())
-        return masked.at_last(jnp.asarray(score), jnp.asarray(mask))
+        found = pool.map(
+            [text for _, text in distinct],
+            timeout=self.timeout,
+            names=[row for row, _ in distinct],
+        )
+        score = dict(zip(distinct, found, strict=True))
+        reward, before = np.zeros(mask.shape, np.float32), {}
+        for (row, at), text in texts.items():
+            reward[row, at] = score[row, text] - before.get(row, 0.0)
+            before[row] = score[row, text]
+        return jnp.asarray(reward)
 
     def _decode(self):
         if self.decode is not None:
@@ -117,34 +140,21 @@ class KL:
     adaptive: bool = True
     target: float = 6.0  # nats per sample
     horizon: int = 10_000  # samples
+    estimator: Callable = k1  # of a token's KL: k1, k2 or k3 of `ratios`
+    exact: bool = False  # over the vocabulary instead; the token's own share must then be a loss
 
 
 def minus_kl(
     reward: Float[Array, "b t"],
-    logp: Float[Array, "b t"],
-    ref_logp: Float[Array, "b t"],
+    kl: Float[Array, "b t"],
     mask: Bool[Array, "b t"],
     coefficient: float | Float[Array, ""],
 ) -> Float[Array, "b t"]:
-    """Reward − β (log π − log π_ref) per token (Ziegler et al. 2019, eq. 2)."""
-    gap = k1(masked.select(logp, mask), masked.select(ref_logp, mask))
-    return masked.select(reward, mask) - coefficient * gap
+    """Reward − β KL per token, where k1 estimates the KL (Ziegler et al. 2019, eq. 2).
 
-
-def k1(logp: Array, ref_logp: Array) -> Array:
-    """Log-ratio d = log π − log π_ref, nats: unbiased for KL(π‖π_ref) on samples of π."""
-    return logp - ref_logp
-
-
-def k2(logp: Array, ref_logp: Array) -> Array:
-    """½ d², nats: never negative, biased, little variance (Schulman 2020)."""
-    return 0.5 * (logp - ref_logp) ** 2
-
-
-def k3(logp: Array, ref_logp: Array) -> Array:
-    """e^{−d} − 1 + d, nats: never negative, unbiased (Schulman 2020). Departs: |d| ≤ 20."""
-    d = jnp.clip(logp - ref_logp, -20.0, 20.0)
-    return jnp.expm1(-d) + d
+    Whatever estimates it (`ratios.k1`, `k2`, `k3`, or the exact one), no gradient flows through it.
+    """
+    return masked.select(reward, mask) - coefficient * masked.select(kl, mask)
 
 
 def adaptive_kl(
@@ -158,6 +168,17 @@ def adaptive_kl(
     """β (1 + clip(KL/target − 1, ±0.2) · samples/horizon), KL in nats per sample (Ziegler §2.2)."""
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return jnp.asarray(coefficient * (1.0 + error * samples / horizon), jnp.float32)
+
+
+def max_entropy(
+    reward: Float[Array, "b t"], rollout: Rollout, *, temperature: float
+) -> Float[Array, "b t"]:
+    """Adds −τ log π(token): maximum-entropy RL, unlike a bonus seen by earlier tokens too.
+
+    With reward log p the optimum is p^(1/τ)/Z over whole texts (Levine 2018, §2.3); log π is the
+    sampler's, in nats.
+    """
+    return reward - temperature * masked.select(rollout.logp, rollout.mask)
 
 
 def missing_eos(

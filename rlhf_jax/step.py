@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import masked, rewards
 from rlhf_jax.config import Learner, Rollouts
+from rlhf_jax.objectives.reference_kl import reference_kl_vocab
 from rlhf_jax.score import score
 from rlhf_jax.sharding import split_rows
 from rlhf_jax.types import (
@@ -48,6 +49,7 @@ def update(
         batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
     rows = batch.tokens.shape[0]
     check_rows(rows, learner)
+    batch = _prepared(state.params, frozen, batch, learner, models)
 
     def order(epoch):
         if learner.minibatches == 1:
@@ -91,6 +93,7 @@ def evaluate(
     models: Mapping[str, Any],
 ) -> Metrics:
     """A learner's loss and metrics on a batch it does not learn from, untransformed."""
+    batch = _prepared(params, frozen, batch, learner, models)
     micro = _parts(batch, learner.microbatches)
     count = _counts(params, frozen, micro, learner, models)
     value, sums = _sum_over_parts(
@@ -99,6 +102,18 @@ def evaluate(
     return {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()} | {
         "loss": value
     }
+
+
+def _prepared(params, frozen, batch, learner, models):
+    """The batch with what `learner.prepare` adds: statistics over all of it, without gradient."""
+    if learner.prepare is None:
+        return batch
+    scores = _by_parts(
+        lambda part: _scored(params, frozen, part, learner, models),
+        batch,
+        learner.minibatches * learner.microbatches,
+    )
+    return jax.lax.stop_gradient(learner.prepare(jax.lax.stop_gradient(scores), batch))
 
 
 def _terms(scores, part, learner) -> dict[str, Terms]:
@@ -158,6 +173,14 @@ def _sum_over_parts(fn, micro):
     return total
 
 
+def _by_parts(fn, batch, parts):
+    """fn(batch), some rows in memory at a time."""
+    if parts == 1:
+        return fn(batch)
+    found = jax.lax.map(fn, _parts(batch, parts))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
 def _parts(batch: Any, parts: int) -> Any:
     """Rows cut into parts, in front; part i takes rows i, i + parts, …: none leaves its device."""
 
@@ -206,7 +229,7 @@ def collect(
     over masked tokens; KL is the sum over a sample's tokens of logp − ref_logp, in nats.
     """
     mask = rollout.mask
-    old, ref, value = _old_scores(rollout, params, spec, models)
+    old, ref, value, exact = _old_scores(rollout, params, spec, models)
     if spec.reference is None:
         ref = old.logp
     outcome = masked.sum(reward, mask, axis=-1)
@@ -215,11 +238,14 @@ def collect(
     for shape in spec.shaping:
         reward = shape(reward, rollout)
     kl = masked.sum(old.logp - ref, mask, axis=-1)
-    total = rewards.minus_kl(reward, old.logp, ref, mask, control.kl_coefficient)
+    penalty = exact if spec.kl.exact else spec.kl.estimator(old.logp, ref)
+    total = rewards.minus_kl(reward, penalty, mask, control.kl_coefficient)
     advantage, target = spec.advantage(
         reward=total, value=value, mask=mask, prompt_id=rollout.prompt_id
     )
     fields = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__}
+    same = rollout.prompt_id[:, None] == rollout.prompt_id[None, :]
+    length = mask.sum(-1, dtype=jnp.float32)
     experience = Experience(
         **fields,
         old_logp=old.logp,
@@ -228,6 +254,7 @@ def collect(
         reward=total,
         advantage=advantage,
         target=target,
+        group_tokens=jnp.where(same, length[None, :], 0.0).sum(-1),
     )
     coefficient = control.kl_coefficient
     if spec.kl.adaptive:
@@ -241,7 +268,7 @@ def collect(
         "rollout/return": masked.sum(total, mask, axis=-1).mean(),
         "rollout/kl": kl.mean(),
         "rollout/kl_coefficient": control.kl_coefficient,
-        "rollout/length": mask.sum(-1).mean(dtype=jnp.float32),
+        "rollout/length": length.mean(),
         "rollout/ended": rollout.ended.mean(dtype=jnp.float32),
         "rollout/entropy": masked.mean(old.entropy, mask),
         "rollout/mismatch": jnp.where(mask, gap, 0.0).max(),
@@ -251,23 +278,27 @@ def collect(
 
 
 def _old_scores(rollout, params, spec, models):
-    """The policy's scores, the reference's logp and the values, some rows at a time."""
-    named = {name for name in (spec.policy, spec.reference, spec.value) if name is not None}
+    """The policy's scores, the reference's logp, the values and, if asked for, the exact KL."""
+    zero = jnp.zeros(rollout.tokens.shape, jnp.float32)
+    compare = spec.kl.exact and spec.reference is not None
 
     def some(part):
-        found = {
-            name: score({"self": params[name]}, part, models={"self": models[name]})
-            for name in named
-        }
-        zero = jnp.zeros(part.tokens.shape, jnp.float32)
-        return (
-            found[spec.policy],
-            found[spec.reference].logp if spec.reference is not None else zero,
-            found[spec.value].value if spec.value is not None else zero,
-        )
+        found = {}
+        for name in {spec.policy, spec.reference, spec.value} - {None}:
+            if compare and name == spec.policy:
+                trees = {"self": params[name], "reference": params[spec.reference]}
+                shapes = {"self": models[name], "reference": models[spec.reference]}
+                found[name] = score(trees, part, models=shapes, vocab=reference_kl_vocab)
+                found[spec.reference] = found[name]["reference"]
+            elif name not in found:
+                found[name] = score({"self": params[name]}, part, models={"self": models[name]})
+        return found
 
-    parts = spec.microbatches
-    if parts == 1:
-        return some(rollout)
-    found = jax.lax.map(some, _parts(rollout, parts))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+    found = _by_parts(some, rollout, spec.microbatches)
+    policy = found[spec.policy]
+    return (
+        policy,
+        found[spec.reference].logp if spec.reference is not None else zero,
+        found[spec.value].value if spec.value is not None else zero,
+        policy.extra["reference_kl"] if compare else zero,
+    )

@@ -22,6 +22,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, samples_of, weights_of
 from rlhf_jax.start import abstract_frozen, abstract_state, begin
+from rlhf_jax.step import check_rows
 from rlhf_jax.types import Pairs, Params, Prompts, Rollout, TrainState
 
 
@@ -114,9 +115,15 @@ def _due(done: int, every: int | None) -> bool:
 def one_step(run: Run, state: TrainState, step: int) -> TrainState:
     """Rollout and experience if there are rollouts, then every learner, then evaluation."""
     config, metrics, batches = run.config, {}, {}
+    learners = dict(state.learners)
 
     def batch_of(name):  # learners of one stream see the same batch
-        if name not in batches:
+        if name not in batches and name in config.derived:
+            made = config.derived[name]
+            sources = [batch_of(source) for source in made.of]
+            params = weights_of(made.models, state.replace(learners=learners), run.frozen)
+            batches[name] = derive(run, name, sources, params, step)
+        elif name not in batches:
             batches[name] = next_batch(run, name)
         return batches[name]
 
@@ -124,7 +131,6 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
         batches["experience"], control, found = make_experience(run, state, step, batch_of)
         state = state.replace(control=control)
         metrics |= found
-    learners = dict(state.learners)
     for name, learner in config.learners.items():
         if not learner.when(step):
             continue
@@ -140,6 +146,22 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
     metrics |= evaluate(run, state, step)
     run.meter.write(step, metrics)
     return state
+
+
+def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], step: int):
+    """A batch made from others of this step, on the mesh."""
+    key = phase_key(run.config.seed, step, f"derive/{name}")
+    with run.meter.phase(f"derive/{name}"):
+        batch = run.phases.derive[name](*sources, params=params, key=key)
+        batch = jax.device_put(batch, sharding.rows(run.phases.mesh))
+        jax.block_until_ready(batch)
+    for who, learner in run.config.learners.items():
+        if learner.batch == name:
+            try:
+                check_rows(batch.tokens.shape[0], learner)
+            except ValueError as error:
+                raise RunError(f"learners.{who}: {error}; derived.{name} made it") from error
+    return batch
 
 
 def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
@@ -265,7 +287,12 @@ def _open(config: Config, name: str, seed: int | None = None):
 
 def open_streams(config: Config) -> dict[str, Iterator]:
     """An iterator for every stream that a learner or the rollouts read."""
-    used = {learner.batch for learner in config.learners.values()} - {"experience"}
+    used = {learner.batch for learner in config.learners.values()}
+    for name, derived in reversed(
+        list(config.derived.items())
+    ):  # later ones may be made of earlier ones
+        used |= set(derived.of) if name in used else set()
+    used -= {"experience", *config.derived}
     if config.rollouts is not None:
         used.add(config.rollouts.prompts)
     return {name: iter(_open(config, name)) for name in sorted(used)}

@@ -71,6 +71,7 @@ class Experience(Rollout):
     reward: Float[Array, "b t"]  # KL penalty included
     advantage: Float[Array, "b t"]
     target: Float[Array, "b t"]  # advantage + value, before whitening
+    group_tokens: Float[Array, "b"]  # masked tokens of all samples of the row's prompt
 
 
 @struct.dataclass

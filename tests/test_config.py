@@ -144,7 +144,7 @@ def test_settings_apply_in_order_and_reach_into_the_stages_of_a_pipeline():
         ("rollouts.kl.adaptive=1", "'1' is int, valid is bool"),
         ("mesh=2", "'2' is int, valid is tuple"),
         ("learners=3", "this is code, not a number"),
-        ("rollouts.kl=0.1", "name what is inside it (initial, adaptive, target, horizon)"),
+        ("rollouts.kl=0.1", "name what is inside it (initial, adaptive, target, horizon, "),
         ("learners.policy.objective=dpo", "change it in the experiment's file"),
         ("learners.policy.model.heads=5", "heads 5 must be a multiple of kv_heads 2"),
         ("learners.policy.model.kv_heads=0", "kv_heads is 0: must be at least 1"),

@@ -55,6 +55,7 @@ def experience(**fields):
         ended=jnp.array([True]),
         prompt_id=one,
         sample_id=one,
+        group_tokens=jnp.full((1,), t - 1.0),
         **(token | fields),
     )
 

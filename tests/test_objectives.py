@@ -10,16 +10,20 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rlhf_jax import masked
+from rlhf_jax.aggregate import over_length, over_prompts, over_sequence_means, over_sequences
 from rlhf_jax.objectives import (
     combine,
     mle,
     ppo,
     reference_kl,
     reference_kl_vocab,
+    reinforce,
     reward_model,
+    sampled_kl,
     unlikelihood,
     value,
 )
+from rlhf_jax.ratios import k3, sequence_log_ratio
 from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
 from rlhf_jax.types import Experience, Labeled, Pairs, Scores, Sequences, Terms
 
@@ -31,6 +35,14 @@ OBJECTIVES = {
     "mle": (mle, {}),
     "ppo": (ppo, {}),
     "ppo, every option": (every_ppo, {}),
+    "ppo of sequences": (partial(ppo, log_ratio=sequence_log_ratio), {}),
+    "reinforce": (partial(reinforce, importance_cap=2.0, entropy_coefficient=0.01), {}),
+    "sampled_kl": (partial(sampled_kl, estimator=k3, coefficient=0.1), {}),
+    **{
+        f"ppo {by.__name__}": (partial(ppo, aggregate=by), {})
+        for by in (over_sequences, over_sequence_means, over_prompts)
+    },
+    "ppo over_length": (partial(ppo, aggregate=partial(over_length, length=16)), {}),
     "value": (value, {}),
     "value, not clipped": (partial(value, clip=None, coefficient=0.1), {}),
     "reward_model": (partial(reward_model, centre=0.1), {}),

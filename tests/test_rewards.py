@@ -13,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import hostpool, masked, rewards
+from rlhf_jax.ratios import k1, k2, k3
 from rlhf_jax.rewards import RewardError, from_model, from_text
 from rlhf_jax.testing import random_batch
 from rlhf_jax.types import Rollout
@@ -240,14 +241,14 @@ LOGP, REF = (jnp.asarray(RNG.normal(size=AB.mask.shape), jnp.float32) for _ in r
 
 def test_the_sum_of_rewards_is_the_score_minus_beta_times_the_sum_of_kl():
     score = jnp.array([0.7, -1.0, 3.0, 2.0])
-    reward = rewards.minus_kl(masked.at_last(score, AB.mask), LOGP, REF, AB.mask, 0.15)
+    reward = rewards.minus_kl(masked.at_last(score, AB.mask), k1(LOGP, REF), AB.mask, 0.15)
     kl = np.where(AB.mask, np.float64(LOGP) - np.float64(REF), 0.0).sum(1)
     expected = np.where(AB.mask.any(1), score, 0.0) - 0.15 * kl
     assert_allclose(reward.sum(1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_kl_penalty_is_paid_for_saying_what_the_reference_would_not():
-    more_likely = rewards.minus_kl(jnp.zeros_like(LOGP), REF + 0.5, REF, AB.mask, 0.1)
+    more_likely = rewards.minus_kl(jnp.zeros_like(LOGP), k1(REF + 0.5, REF), AB.mask, 0.1)
     assert_allclose(more_likely, np.where(AB.mask, -0.05, 0.0), rtol=1e-4)
 
 
@@ -255,8 +256,8 @@ def test_masked_nan_touches_no_reward():
     def spoil(x):
         return jnp.where(AB.mask, x, jnp.nan)
 
-    clean = rewards.minus_kl(jnp.ones_like(LOGP), LOGP, REF, AB.mask, 0.1)
-    spoilt = rewards.minus_kl(spoil(jnp.ones_like(LOGP)), spoil(LOGP), spoil(REF), AB.mask, 0.1)
+    clean = rewards.minus_kl(jnp.ones_like(LOGP), k1(LOGP, REF), AB.mask, 0.1)
+    spoilt = rewards.minus_kl(spoil(jnp.ones_like(LOGP)), k1(spoil(LOGP), spoil(REF)), AB.mask, 0.1)
     assert_array_equal(clean, spoilt)
     assert_array_equal(clean[~AB.mask], 0.0)
     normal = rewards.normalise(spoil(LOGP), AB.mask, 1.0, 2.0)
@@ -264,18 +265,18 @@ def test_masked_nan_touches_no_reward():
 
 
 def test_kl_estimators_by_hand_and_clamped():
-    assert_allclose(rewards.k1(-1.0, -1.5), 0.5)
-    assert_allclose(rewards.k2(-1.0, -1.5), 0.125)
-    assert_allclose(rewards.k3(-1.0, -1.5), np.exp(-0.5) - 0.5, rtol=1e-6)
-    assert_allclose(rewards.k3(-1000.0, 0.0), np.exp(20) - 21, rtol=1e-6)
+    assert_allclose(k1(-1.0, -1.5), 0.5)
+    assert_allclose(k2(-1.0, -1.5), 0.125)
+    assert_allclose(k3(-1.0, -1.5), np.exp(-0.5) - 0.5, rtol=1e-6)
+    assert_allclose(k3(-1000.0, 0.0), np.exp(20) - 21, rtol=1e-6)
 
 
 def test_kl_estimators_average_to_the_kl():
     p, q = np.array([0.6, 0.3, 0.1]), np.array([0.3, 0.3, 0.4])
     kl = (p * np.log(p / q)).sum()
-    for estimator in (rewards.k1, rewards.k3):
+    for estimator in (k1, k3):
         assert_allclose((p * estimator(jnp.log(p), jnp.log(q))).sum(), kl, rtol=1e-5)
-    assert (p * rewards.k2(jnp.log(p), jnp.log(q))).sum() > 0
+    assert (p * k2(jnp.log(p), jnp.log(q))).sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def experience(rows=16, t=12, seed=0):
         reward=noise(1.0),
         advantage=noise(1.0),
         target=noise(1.0),
+        group_tokens=mask.sum(1).astype(np.float32),
     )
 
 

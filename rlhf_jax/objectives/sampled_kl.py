@@ -1,0 +1,30 @@
+"""KL to the reference, estimated on the tokens that were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rlhf_jax import masked
+from rlhf_jax.aggregate import over_tokens
+from rlhf_jax.ratios import k2
+from rlhf_jax.types import Experience, Scores, Terms
+
+
+def sampled_kl(
+    scores: Scores,
+    batch: Experience,
+    *,
+    estimator: Callable = k2,
+    coefficient: float = 1.0,
+    aggregate: Callable = over_tokens,
+) -> Terms:
+    """β k(log π, log π_ref) per token, nats: k1, k2, k3 of `ratios` (Schulman 2020) as a loss.
+
+    As a loss they are not what they estimate: on samples of π the expected gradient of k1 is 0, of
+    k2 it is ∇KL(π‖π_ref), of k3 (GRPO: Shao et al. 2024, eq. 4) ∇KL(π_ref‖π). The penalty stays
+    with its own token; `rewards.minus_kl` charges earlier tokens as well. Exact: `reference_kl`.
+    """
+    logp, ref_logp = masked.select(scores.logp, batch.mask), batch.ref_logp
+    kl = masked.select(estimator(logp, masked.select(ref_logp, batch.mask)), batch.mask)
+    weight, count = aggregate(batch)
+    return Terms(kl, weight, count, scale=coefficient, metrics={"kl": kl})
