@@ -13,6 +13,11 @@ from rlhf_jax import masked
 from rlhf_jax.aggregate import over_length, over_prompts, over_sequence_means, over_sequences
 from rlhf_jax.objectives import (
     combine,
+    cringe,
+    cringe_vocab,
+    from_head,
+    horizon_one,
+    horizon_one_vocab,
     mle,
     ppo,
     reference_kl,
@@ -20,6 +25,10 @@ from rlhf_jax.objectives import (
     reinforce,
     reward_model,
     sampled_kl,
+    segment_reward_model,
+    signed_likelihood,
+    token_npo,
+    token_reward_model,
     unlikelihood,
     value,
 )
@@ -47,6 +56,24 @@ OBJECTIVES = {
     "value, not clipped": (partial(value, clip=None, coefficient=0.1), {}),
     "reward_model": (partial(reward_model, centre=0.1), {}),
     "unlikelihood": (partial(unlikelihood, threshold=0.0, alpha=2.0), {}),
+    "unlikelihood by degree": (partial(unlikelihood, threshold=None, alpha=2.0), {}),
+    "signed_likelihood": (signed_likelihood, {}),
+    "token_npo": (partial(token_npo, threshold=0.0, beta=0.5, alpha=2.0), {}),
+    "cringe": (partial(cringe, threshold=0.0), {"vocab": partial(cringe_vocab, top_k=2)}),
+    "horizon_one": (
+        partial(horizon_one, kl_coefficient=0.5),
+        {"batch": Labeled, "vocab": horizon_one_vocab},
+    ),
+    "horizon_one of a head": (
+        partial(horizon_one, kl_coefficient=0.5),
+        {
+            "vocab": partial(horizon_one_vocab, reward=from_head),
+            "others": ("reference", "token_reward"),
+        },
+    ),
+    "token_reward_model": (partial(token_reward_model, threshold=0.1), {}),
+    "segment_reward_model": (segment_reward_model, {}),
+    "segment_reward_model with errors": (partial(segment_reward_model, error=0.1), {}),
     "reference_kl": (partial(reference_kl, coefficient=0.1), over_vocabulary),
     "ppo + value": (partial(combine, policy=ppo, value=partial(value, coefficient=0.1)), on_policy),
     "ppo + KL": (partial(combine, policy=ppo, kl=reference_kl), on_policy | over_vocabulary),

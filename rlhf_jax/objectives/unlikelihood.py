@@ -8,16 +8,24 @@ from rlhf_jax import masked
 from rlhf_jax.types import Labeled, Scores, Terms
 
 
-def unlikelihood(scores: Scores, batch: Labeled, *, threshold: float, alpha: float = 1.0) -> Terms:
+def unlikelihood(
+    scores: Scores, batch: Labeled, *, threshold: float | None, alpha: float = 1.0
+) -> Terms:
     """−log p on good tokens, −α log(1 − p) on bad ones, in nats (Welleck et al. 2020, eq. 4).
 
     Departs from the paper: a token is bad if its own score is below `threshold`, not if it repeats
-    an n-gram; and 1 − p is held at 1e-6 and above, where the gradient ends.
+    an n-gram; and 1 − p is held at 1e-6 and above, where the gradient ends. `threshold=None` mixes
+    the two by degree: a score of −x is bad to the share x, between 0 and 1 (Korbak et al. 2023).
     """
     logp = masked.select(scores.logp, batch.mask)
-    good = masked.select(batch.token_score, batch.mask) >= threshold
-    loss = jnp.where(good, -logp, -alpha * _log_of_the_rest(logp))
-    metrics = {"good": good.astype(jnp.float32)}
+    score = masked.select(batch.token_score, batch.mask)
+    if threshold is None:
+        good = 1.0 - jnp.clip(-score, 0.0, 1.0)
+    else:
+        good = (score >= threshold).astype(jnp.float32)
+    likelihood = jnp.where(good > 0, -good * logp, 0.0)  # 0 · (−inf) is nan
+    loss = likelihood - alpha * (1.0 - good) * _log_of_the_rest(logp)
+    metrics = {"good": good}
     return Terms(loss, weight=batch.mask.astype(jnp.float32), metrics=metrics)
 
 
