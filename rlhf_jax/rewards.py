@@ -32,6 +32,14 @@ def from_model(
     return masked.select(said, masked.is_last(rollout.mask))
 
 
+def from_environment(rollout: Rollout, params: Mapping[str, Params]) -> Float[Array, "b t"]:
+    """What the rollout's environment paid, on the tokens that it paid for; `params` plays no part.
+
+    Of other rewards too: a plain function that adds them.
+    """
+    return rollout.earned
+
+
 @dataclass(frozen=True)
 class from_text:
     """`score(text) -> number` on the text of each row, in a pool of worker processes on the host.

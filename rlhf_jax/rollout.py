@@ -2,18 +2,21 @@
 
 A sample depends on the weights, its prompt, the phase key and `(prompt_id, sample_id)` alone: the
 random number of token `i` comes from `fold_in(fold_in(fold_in(key, prompt_id), sample_id), i)`, so
-neither the batch it is in, nor its place there, nor the mesh changes it.
+neither the batch it is in, nor its place there, nor the mesh changes it. `i` counts the tokens that
+the policy chose: what an environment writes between them moves no random number.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlhf_jax import environment as environments
+from rlhf_jax.environment import Environment, World
 from rlhf_jax.types import Params, Prompts, Rollout
 
 
@@ -96,30 +99,83 @@ class _Row(NamedTuple):
     """What the decoding loop carries."""
 
     index: Int[Array, ""]
-    token: Int[Array, "b"]
+    turn: Int[Array, "b 1+k"]  # the token chosen last, and what the environment wrote behind it
+    count: Int[Array, "b"]  # how many it wrote
+    end: Int[Array, "b"]  # tokens in the text
     done: Bool[Array, "b"]
     tokens: Int[Array, "b t"]
     mask: Bool[Array, "b t"]
     logp: Float[Array, "b t"]
     behaviour_logp: Float[Array, "b t"]
+    world: World | None  # None: no environment
 
 
-def _start(prompts: Prompts, length: int, pad: int) -> tuple[_Row, Bool[Array, "b t"]]:
-    """Rows before the first response token, and where their prompts are."""
+def _start(prompts: Prompts, world: World | None, capacity: int, pad: int) -> _Row:
+    """Rows before the first response token."""
     b, p = prompts.tokens.shape
-    prompt = jnp.arange(p + length)[None, :] < prompts.length[:, None]
-    padded = jnp.pad(prompts.tokens, ((0, 0), (0, length)), constant_values=pad)
-    zeros = jnp.zeros((b, p + length), jnp.float32)
-    state = _Row(
+    prompt = jnp.arange(capacity)[None, :] < prompts.length[:, None]
+    padded = jnp.pad(prompts.tokens, ((0, 0), (0, capacity - p)), constant_values=pad)
+    zeros = jnp.zeros((b, capacity), jnp.float32)
+    return _Row(
         index=jnp.int32(0),
-        token=jnp.zeros((b,), jnp.int32),
+        turn=jnp.zeros((b, 1), jnp.int32),
+        count=jnp.zeros((b,), jnp.int32),
+        end=prompts.length.astype(jnp.int32),
         done=jnp.zeros((b,), bool),
         tokens=jnp.where(prompt, padded, pad).astype(jnp.int32),
-        mask=jnp.zeros((b, p + length), bool),
+        mask=jnp.zeros((b, capacity), bool),
         logp=zeros,
         behaviour_logp=zeros,
+        world=world,
     )
-    return state, prompt
+
+
+def _chosen(state: _Row, token, logp, behaviour, stop) -> _Row:
+    """Write a token of the policy behind every row that is not done."""
+    row, capacity = jnp.arange(token.shape[0]), state.tokens.shape[1]
+    at = jnp.where(state.done, capacity, state.end)  # out of range: drop
+
+    def put(array, value):
+        return array.at[row, at].set(value, mode="drop")
+
+    def of_token(x):
+        return jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
+
+    ended = jnp.zeros_like(state.done)
+    for one in stop:
+        ended |= token == one
+    return state._replace(
+        index=state.index + 1,
+        turn=token[:, None],
+        end=jnp.where(state.done, state.end, state.end + 1),
+        done=state.done | ended,
+        tokens=put(state.tokens, token),
+        mask=put(state.mask, True),
+        logp=put(state.logp, of_token(logp)),
+        behaviour_logp=put(state.behaviour_logp, of_token(behaviour)),
+    )
+
+
+def _answered(before: _Row, state: _Row, answer: environments.Answer) -> _Row:
+    """Write what the environment says behind the token just chosen, if the row was not done."""
+    (b, k), capacity = answer.forced.shape, state.tokens.shape[1]
+    live, row, place = ~before.done, jnp.arange(b), jnp.arange(k)[None]
+    written = (place < answer.count[:, None]) & live[:, None]
+    at = jnp.where(written, state.end[:, None] + place, capacity)
+    paid = jnp.where(live, before.end, capacity)
+    world = World(
+        state=answer.state,
+        earned=state.world.earned.at[row, paid].set(answer.reward, mode="drop"),
+        valid=state.world.valid & (answer.valid | ~live),
+    )
+    return state._replace(
+        turn=jnp.concatenate([state.turn, answer.forced], axis=1),
+        count=answer.count,
+        end=jnp.where(live, state.end + answer.count, state.end),
+        done=state.done | answer.done,
+        tokens=state.tokens.at[row[:, None], at].set(answer.forced, mode="drop"),
+        world=world,
+    )
 
 
 def generate(
@@ -131,52 +187,48 @@ def generate(
     length: int,
     sampling: Sampling,
     pad: int = 0,
+    environment: Environment | None = None,
+    context: Any = None,
 ) -> Rollout:
     """Up to `length` tokens after each prompt; rows end at a stop id, which they keep.
 
     The response follows its prompt without a gap, padding is on the right, and the loop ends when
     every row has. Result arrays are `[b, p + length]`.
+
+    An `environment` makes the prompts, of which only the names are then used, writes up to k tokens
+    behind each one chosen, pays for it, and may end the row; it is given `context`, any pytree.
+    Result arrays are `[b, p + length (1 + k)]`. What breaks its contract earns nan.
     """
-    b, p = prompts.tokens.shape
-    row = jnp.arange(b)
     keys = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(
         prompts.prompt_id, prompts.sample_id
     )
+    world, k, vocab = None, 0, getattr(model, "vocab", None)
+    if environment is not None:
+        world, prompts = environments.begin(
+            environment, context, prompts, key, length=length, pad=pad, vocab=vocab
+        )
+        k = environment.forced
+    b, p = prompts.tokens.shape
+    capacity = p + length * (1 + k)
     temperature = jnp.full((b,), sampling.temperature, jnp.float32)
     stop = [jnp.asarray(i, jnp.int32) for i in sampling.stop]
 
-    def choose(state: _Row, hidden) -> _Row:
-        """Draw the next token of every row that is not done, and write it behind the row."""
+    def choose(before: _Row, hidden) -> _Row:
+        """Draw the next token of every row that is not done; let the environment answer."""
         logp = log_probabilities(model.logits(params, hidden), temperature)
         behaviour = filtered(logp, sampling)
-        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, state.index)))(keys)
+        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, before.index)))(keys)
         token = draw(behaviour, uniform)
-        at = jnp.where(state.done, p + length, prompts.length + state.index)  # out of range: drop
+        state = _chosen(before, token, logp, behaviour, stop)
+        if environment is None:
+            return state
+        said = environments.answer(environment, context, before.world.state, token, vocab=vocab)
+        return _answered(before, state, said)
 
-        def put(array, value):
-            return array.at[row, at].set(value, mode="drop")
-
-        def of_token(x):
-            return jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
-
-        ended = jnp.zeros_like(state.done)
-        for one in stop:
-            ended |= token == one
-        return _Row(
-            index=state.index + 1,
-            token=token,
-            done=state.done | ended,
-            tokens=put(state.tokens, token),
-            mask=put(state.mask, True),
-            logp=put(state.logp, of_token(logp)),
-            behaviour_logp=put(state.behaviour_logp, of_token(behaviour)),
-        )
-
-    state, prompt = _start(prompts, length, pad)
     # Padding of a short prompt is written to the cache too, behind it: each such place is
     # overwritten by a response token before anything attends to it.
     positions = jnp.broadcast_to(jnp.arange(p), (b, p))
-    cache = model.empty_cache(b, p + length)
+    cache = model.empty_cache(b, capacity)
     hidden, cache = model.apply(params, prompts.tokens, positions=positions, cache=cache)
     last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
 
@@ -186,21 +238,28 @@ def generate(
 
     def decode(carry):
         state, cache = carry
-        at = jnp.where(state.done, p + length, prompts.length + state.index - 1)
-        hidden, cache = model.apply(
-            params, state.token[:, None], positions=at[:, None], cache=cache
-        )
-        return choose(state, hidden[:, 0]), cache
+        place = jnp.arange(1 + k)[None]
+        at = (state.end - 1 - state.count)[:, None] + place
+        at = jnp.where(state.done[:, None] | (place > state.count[:, None]), capacity, at)
+        hidden, cache = model.apply(params, state.turn, positions=at, cache=cache)
+        newest = jnp.take_along_axis(hidden, state.count[:, None, None], axis=1)[:, 0]
+        return choose(state, newest), cache
 
-    state, _ = jax.lax.while_loop(more, decode, (choose(state, last), cache))
+    state = choose(_start(prompts, world, capacity, pad), last)
+    state, _ = jax.lax.while_loop(more, decode, (state, cache))
+    earned = jnp.zeros(state.logp.shape, jnp.float32)
+    if environment is not None:
+        broken = state.mask & ~state.world.valid[:, None]
+        earned = jnp.where(broken, jnp.nan, state.world.earned)
     return Rollout(
         tokens=state.tokens,
         mask=state.mask,
-        segments=(state.mask | prompt).astype(jnp.int32),
+        segments=(jnp.arange(capacity)[None] < state.end[:, None]).astype(jnp.int32),
         logp=state.logp,
         behaviour_logp=state.behaviour_logp,
         temperature=temperature,
         ended=state.done,
         prompt_id=prompts.prompt_id,
         sample_id=prompts.sample_id,
+        earned=earned,
     )

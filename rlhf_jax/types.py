@@ -51,14 +51,18 @@ class Pairs(Sequences):
 
 @struct.dataclass
 class Rollout(Sequences):
-    """Samples of the policy; `mask` marks the tokens it chose, the ending EOS included."""
+    """Samples of the policy; `mask` marks the tokens it chose, the ending EOS included.
+
+    Between them may stand tokens that an environment wrote: in the text, outside the mask.
+    """
 
     logp: Float[Array, "b t"]  # of the sampler, at `temperature`, unfiltered
     behaviour_logp: Float[Array, "b t"]  # after top-k, top-p and banned tokens: what was drawn from
     temperature: Float[Array, "b"]  # log-probabilities are taken at it; 1 in batches without it
-    ended: Bool[Array, "b"]  # a stop token was drawn before the length limit
+    ended: Bool[Array, "b"]  # a stop token was drawn, or an environment said so, in time
     prompt_id: Int[Array, "b"]
     sample_id: Int[Array, "b"]
+    earned: Float[Array, "b t"]  # what an environment paid for a token; 0 without one
 
 
 @struct.dataclass

@@ -38,6 +38,7 @@ def experience(**fields):
         (
             "logp",
             "behaviour_logp",
+            "earned",
             "old_logp",
             "ref_logp",
             "value",
