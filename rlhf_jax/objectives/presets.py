@@ -5,10 +5,19 @@ Each was read in the source that it names. What a source leaves open is not here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
+
+from rlhf_jax.advantages import group_relative, leave_one_out
+from rlhf_jax.aggregate import over_length, over_sequence_means, over_sequences, over_tokens
+from rlhf_jax.objectives.combine import combine
+from rlhf_jax.objectives.ppo import ppo
+from rlhf_jax.objectives.reinforce import reinforce
+from rlhf_jax.objectives.sampled_kl import sampled_kl
+from rlhf_jax.ratios import k3, sequence_log_ratio
 
 Numbers = Mapping[str, Any]
 
@@ -75,4 +84,59 @@ VERL_PPO = Preset(
     critic_learning_rate=1e-5,
     temperature=1.0,
     rows=1024,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A critic-free method: `Learner(objective=…)` and `Rollouts(advantage=…, value=None)`.
+
+    Several samples per prompt; no KL in the reward (`KL(0.0, adaptive=False)`) except for RLOO.
+    """
+
+    source: str
+    objective: Callable
+    advantage: Callable
+
+
+GRPO = Variant(
+    source="Shao et al. 2024 (DeepSeekMath), eq. 3 and 4; the clip is TRL's default",
+    objective=partial(
+        combine,
+        policy=partial(ppo, clip=0.2, aggregate=over_sequence_means),
+        kl=partial(sampled_kl, estimator=k3, coefficient=0.04, aggregate=over_sequence_means),
+    ),
+    advantage=group_relative,
+)
+
+DR_GRPO = Variant(
+    source="Liu et al. 2025 (Understanding R1-Zero-Like Training), §3.2: neither length nor std "
+    "divides; set length to the rollouts' own",
+    objective=partial(ppo, clip=0.2, aggregate=partial(over_length, length=1024)),
+    advantage=partial(group_relative, normalise=False),
+)
+
+DAPO = Variant(
+    source="Yu et al. 2025, eq. 8: asymmetric clip, mean over tokens, no KL; its soft penalty on "
+    "length is rewards.length_penalty, its filter of tied prompts conditioning's",
+    objective=partial(ppo, clip=0.2, clip_high=0.28, aggregate=over_tokens),
+    advantage=group_relative,
+)
+
+GSPO = Variant(
+    source="Zheng et al. 2025, eq. 5 and 7, §5.1 (clip of 3e-4 below and 4e-4 above)",
+    objective=partial(
+        ppo,
+        clip=3e-4,
+        clip_high=4e-4,
+        log_ratio=sequence_log_ratio,
+        aggregate=over_sequence_means,
+    ),
+    advantage=group_relative,
+)
+
+RLOO = Variant(
+    source="Ahmadian et al. 2024, eq. 8: leave-one-out baseline, KL in the reward, one update",
+    objective=partial(reinforce, aggregate=over_sequences),
+    advantage=leave_one_out,
 )
