@@ -1,7 +1,7 @@
 """Where methods end: the exact distributions that objectives, selection and heat lead to.
 
-`p [n]` is a distribution over enumerated texts (`exact.enumerate_outputs`), `reward` is `[n]`, or
-`[n, t]` by token and 0 outside the mask; everything is numpy, float64, in nats.
+`p [n]` is a distribution over the texts of an `Outputs`, `reward` is `[n]`, or `[n, t]` by token
+and 0 outside the mask.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from rlhf_jax.exact import Outputs, conditionals, distribution, entropy, kl, token_rewards
+from rlhf_jax.exact.measures import conditionals, distribution, entropy, kl, token_rewards
+from rlhf_jax.exact.outputs import Outputs
 
 
 def tilted(p: Float[np.ndarray, "n"], reward: np.ndarray, *, beta: float) -> Float[np.ndarray, "n"]:
-    """Maximum of E[R] − β KL(·‖p): p exp(R/β)/Z, what RL with a KL penalty ends at (Korbak 2022)."""
+    """Maximum of E[R] − β KL(·‖p): p exp(R/β)/Z, where RL with a KL penalty ends (Korbak 2022)."""
     score = _log(p) + _total(reward, p) / _positive(beta, "beta", "β → 0 is conditioned(p, best)")
     return np.exp(score - logsumexp(score))
 
