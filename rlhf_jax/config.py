@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from rlhf_jax.advantages import gae, whitened
+from rlhf_jax.environment import Environment
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
@@ -82,9 +83,10 @@ class Rollouts:
     """From prompts to experience."""
 
     reward: Callable  # rollout, params -> [b, t]
-    length: int  # longest response, in tokens
+    length: int  # longest response, in tokens of the policy
     prompts: str = "prompts"  # a stream of `Config.data`
     transform: Callable | None = None  # prompts, key -> prompts (control tokens)
+    environment: Environment | None = None  # makes the prompts, and answers what the policy says
     samples: int = 1  # per prompt
     sampling: Sampling = Sampling()
     policy: str = "policy"
@@ -296,7 +298,9 @@ def _check_rollouts(config, spec, exists):
         raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
     prompt = getattr(config.data[spec.prompts], "keywords", {}).get("length", 1)
     context = config.models[spec.policy].context
-    if prompt + spec.length > context:
+    if spec.environment is not None:
+        _check_environment(config, spec, exists)
+    elif prompt + spec.length > context:
         raise ConfigError(
             f"prompts of up to {prompt} tokens and rollouts.length={spec.length} exceed the "
             f"model's context of {context} tokens; shorten one of them"
@@ -304,6 +308,25 @@ def _check_rollouts(config, spec, exists):
     rows = rollout_rows(config)
     if rows is not None and rows % spec.microbatches:
         raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {rows} rows")
+
+
+def _check_environment(config, spec, exists):
+    """An environment's models exist, its rows fit, and nothing that it replaces is asked for."""
+    environment = spec.environment
+    for name in environment.context:
+        exists(name, set(config.models), "rollouts.environment.context")
+    if spec.transform is not None:
+        raise ConfigError(
+            "rollouts.transform: an environment makes the prompts, so nothing would come of it; "
+            "put control tokens into the prompt that its reset returns"
+        )
+    row, context = environment.capacity(spec.length), config.models[spec.policy].context
+    if row > context:
+        raise ConfigError(
+            f"rollouts.environment: prompts of up to {environment.prompt} tokens and "
+            f"rollouts.length={spec.length} times 1 + {environment.forced} tokens make {row}, but "
+            f"the model's context is {context}; shorten one of them"
+        )
 
 
 def _check_batches(config, devices):

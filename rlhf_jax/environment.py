@@ -87,18 +87,12 @@ def begin(
         ValueError: if `reset` does not return what it should.
     """
 
-    def one(key):
-        found = environment.reset(key, context)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise ValueError("an environment's reset must return a tuple: state, prompt")
-        state, prompt = found
-        _check_shape("reset", "prompt", prompt, (environment.prompt,))
-        return jax.tree.map(jnp.asarray, state), jnp.asarray(prompt, jnp.int32)
+    def one(prompt_id):
+        # A key that no sample has: reset may split it, or fold numbers into it.
+        own = jax.random.fold_in(jax.random.fold_in(key, prompt_id), OF_ENVIRONMENT)
+        return _reset(environment, context, own)
 
-    def key_of(prompt_id):  # a name of its own: reset may split it or fold numbers into it
-        return jax.random.fold_in(jax.random.fold_in(key, prompt_id), OF_ENVIRONMENT)
-
-    state, tokens = _over_rows(lambda i: one(key_of(i)), prompts.prompt_id)
+    state, tokens = _over_rows(one, prompts.prompt_id)
     used = jnp.cumprod(tokens >= 0, axis=1, dtype=jnp.int32) > 0
     size = used.sum(1, dtype=jnp.int32)
     # A hole, an empty prompt or an id beyond the vocabulary: the row goes on and is reported.
@@ -119,30 +113,57 @@ def answer(
         ValueError: if `step` does not return what it should.
     """
     k = environment.forced
-
-    def one(state, token):
-        found = environment.step(state, token, context)
-        if not isinstance(found, tuple) or len(found) != 5:
-            raise ValueError(
-                "an environment's step must return a tuple: state, forced, count, reward, done"
-            )
-        new, forced, count, reward, done = found
-        _check_shape("step", "forced", forced, (k,))
-        for name, x in (("count", count), ("reward", reward), ("done", done)):
-            _check_shape("step", name, x, ())
-        return (
-            _same_kind(state, new),
-            jnp.asarray(forced, jnp.int32),
-            jnp.asarray(count, jnp.int32),
-            jnp.asarray(reward, jnp.float32),
-            jnp.asarray(done, bool),
-        )
-
-    state, forced, count, reward, done = _over_rows(one, state, token)
+    state, forced, count, reward, done = _over_rows(
+        lambda state, token: _step(environment, context, state, token), state, token
+    )
     meant = jnp.arange(k)[None] < count[:, None]
     valid = (count >= 0) & (count <= k)
     valid &= (~meant | ((forced >= 0) & _known(forced, vocab))).all(1)
     return Answer(state, forced, jnp.clip(count, 0, k), reward, done, valid)
+
+
+def check(environment: Environment, context: Any) -> None:
+    """Trace both functions once, on the shapes of a context, without computing anything.
+
+    Raises:
+        ValueError: if one of them does not return what it should.
+    """
+
+    def both(key, context):
+        state, _ = _reset(environment, context, key)
+        return _step(environment, context, state, jnp.int32(0))
+
+    jax.eval_shape(both, jax.random.key(0), context)
+
+
+def _reset(environment, context, key):
+    """One row's state and prompt."""
+    found = environment.reset(key, context)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError("an environment's reset must return a tuple: state, prompt")
+    state, prompt = found
+    _check_shape("reset", "prompt", prompt, (environment.prompt,))
+    return jax.tree.map(jnp.asarray, state), jnp.asarray(prompt, jnp.int32)
+
+
+def _step(environment, context, state, token):
+    """One row's state, forced tokens, count, reward and done."""
+    found = environment.step(state, token, context)
+    if not isinstance(found, tuple) or len(found) != 5:
+        raise ValueError(
+            "an environment's step must return a tuple: state, forced, count, reward, done"
+        )
+    new, forced, count, reward, done = found
+    _check_shape("step", "forced", forced, (environment.forced,))
+    for name, x in (("count", count), ("reward", reward), ("done", done)):
+        _check_shape("step", name, x, ())
+    return (
+        _same_kind(state, new),
+        jnp.asarray(forced, jnp.int32),
+        jnp.asarray(count, jnp.int32),
+        jnp.asarray(reward, jnp.float32),
+        jnp.asarray(done, bool),
+    )
 
 
 def _over_rows(fn, *rows):

@@ -48,6 +48,11 @@ def sample_texts(
     Raises:
         ConfigError: for numbers that make no sense, or a prompt that does not fit the context.
     """
+    if config.rollouts is not None and config.rollouts.environment is not None:
+        raise ConfigError(
+            f"{config.name!r} writes its texts together with an environment, which makes the "
+            "prompts; samples of them are in the run's samples.jsonl"
+        )
     tokenizer = tokenizers.load(config.tokenizer)
     if config.rollouts is not None:
         sampling = config.rollouts.sampling

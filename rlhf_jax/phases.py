@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from rlhf_jax import sharding, step
+from rlhf_jax import environment, sharding, step
 from rlhf_jax.config import Config, Learner
 from rlhf_jax.rollout import generate
 from rlhf_jax.types import Control, LearnerState, Params, Prompts, Sequences, TrainState
@@ -29,7 +29,7 @@ class Phases:
     """Compiled programs, by the name of what they do."""
 
     init: Callable[[Array], TrainState]
-    generate: Callable | None  # params, prompts, key, sampling -> Rollout
+    generate: Callable | None  # params, prompts, key, sampling[, context] -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
     collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
     derive: Mapping[str, Callable]  # *batches, params, key -> batch
@@ -80,7 +80,8 @@ def build(config: Config, mesh: Mesh) -> Phases:
     """Everything a run compiles; nothing is traced before its first call.
 
     Raises:
-        ValueError: if a parameter has no sharding rule or does not divide over the mesh.
+        ValueError: if a parameter has no sharding rule or does not divide over the mesh, or an
+            environment does not return what it should.
     """
     make = partial(init, config=config)
     parts = sharding.shardings(jax.eval_shape(make, config.seed), mesh)
@@ -98,6 +99,11 @@ def build(config: Config, mesh: Mesh) -> Phases:
         evaluations[name] = jax.jit(partial(step.evaluate, **bound), out_shardings=same)
 
     sample = reward = collect = None
+    if spec is not None and spec.environment is not None:
+        names = spec.environment.context
+        init_of = {name: models[name].init for name in names}
+        shapes = {name: jax.eval_shape(init_of[name], jax.random.key(0)) for name in names}
+        environment.check(spec.environment, shapes)
     if spec is not None:
         sample = jax.jit(
             partial(
@@ -105,6 +111,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
                 model=models[spec.policy],
                 length=spec.length,
                 transform=spec.transform,
+                environment=spec.environment,
             ),
             out_shardings=rows,
         )
@@ -133,10 +140,12 @@ def build(config: Config, mesh: Mesh) -> Phases:
     )
 
 
-def _generate(params: Params, prompts: Prompts, key: Array, sampling, *, model, length, transform):
+def _generate(
+    params: Params, prompts: Prompts, key: Array, sampling, context=None, *, transform, **bound
+):
     if transform is not None:
         prompts = transform(prompts, jax.random.fold_in(key, TRANSFORM))
-    return generate(params, prompts, key, model=model, length=length, sampling=sampling)
+    return generate(params, prompts, key, sampling=sampling, context=context, **bound)
 
 
 def samples_of(prompts: Prompts, n: int) -> Prompts:

@@ -171,7 +171,7 @@ def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
     prompts = batch_of(spec.prompts)
     key = phase_key(config.seed, step, "rollout")
     with run.meter.phase("rollout") as count:
-        rollout = phases.generate(params[spec.policy], prompts, key, spec.sampling)
+        rollout = sampled(run, params, prompts, key)
         count(int(rollout.mask.sum()))
     with run.meter.phase("reward"):
         reward = checked_reward(run, rollout, params)
@@ -179,6 +179,25 @@ def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
         experience, control, metrics = phases.collect(rollout, reward, params, state.control)
         jax.block_until_ready(experience)
     return experience, control, metrics
+
+
+def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Rollout:
+    """A rollout of the policy; an environment that broke its contract stops the run."""
+    spec = run.config.rollouts
+    environment = spec.environment
+    if environment is None:
+        return run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
+    context = {name: params[name] for name in environment.context}
+    rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling, context)
+    if not jnp.isfinite(rollout.earned).all():
+        row = int(np.argmin(np.isfinite(np.asarray(rollout.earned)).all(1)))
+        ids = np.asarray(rollout.tokens)[row][np.asarray(rollout.segments)[row] > 0].tolist()
+        raise RunError(
+            f"rollouts.environment: in row {row} it paid something that is not finite, began with "
+            f"no token, wrote a token outside the model's vocabulary, or a count outside 0 to "
+            f"{environment.forced}\n  {run.tokenizer.decode(ids)!r} (tokens {ids})"
+        )
+    return rollout
 
 
 def checked_reward(run: Run, rollout: Rollout, params: Mapping[str, Params]) -> jax.Array:
@@ -237,7 +256,7 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
     while len(scores) < spec.normalise:
         prompts = _prompts(run, next(stream))
         key = phase_key(run.config.seed, len(scores), "measure")
-        rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
+        rollout = sampled(run, params, prompts, key)
         reward = checked_reward(run, rollout, params)
         scores += np.asarray(reward, np.float64).sum(-1).tolist()
     std = float(np.std(scores))
@@ -261,16 +280,17 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     params = weights_of(tuple(run.config.models), state, run.frozen)
     prompts = _prompts(run, next(iter(_open(run.config, spec.prompts, seed=run.config.seed + 2))))
     key = phase_key(run.config.seed, 0, "show")
-    rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
+    rollout = sampled(run, params, prompts, key)
     reward = np.asarray(checked_reward(run, rollout, params)).sum(-1)
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     used = np.asarray(rollout.segments) > 0
+    said = np.cumsum(mask, axis=1) > 0  # from the first word of the policy, the environment's too
     rows = []
     for i in range(min(spec.show * spec.samples, len(tokens)))[:: spec.samples]:
         rows.append(
             {
-                "prompt": run.tokenizer.decode(tokens[i][used[i] & ~mask[i]].tolist()),
-                "response": run.tokenizer.decode(tokens[i][mask[i]].tolist()),
+                "prompt": run.tokenizer.decode(tokens[i][used[i] & ~said[i]].tolist()),
+                "response": run.tokenizer.decode(tokens[i][used[i] & said[i]].tolist()),
                 "reward": float(reward[i]),
             }
         )
@@ -320,7 +340,7 @@ def _prompts(run: Run, prompts: Prompts) -> Prompts:
     spec = run.config.rollouts
     model = run.config.models[spec.policy]
     longest = prompts.tokens.shape[1] + spec.length
-    if longest > model.context:
+    if spec.environment is None and longest > model.context:
         raise RunError(
             f"prompts of up to {prompts.tokens.shape[1]} tokens and responses of up to "
             f"{spec.length} make {longest}, but the model's context is {model.context}; shorten "

@@ -59,6 +59,7 @@ def trained(
             given = prompts
             if rollouts.transform is not None:
                 given = rollouts.transform(given, jax.random.fold_in(key, 1))
+            environment = rollouts.environment
             rollout = generate(
                 params([rollouts.policy])[rollouts.policy],
                 given,
@@ -66,6 +67,8 @@ def trained(
                 model=models[rollouts.policy],
                 length=rollouts.length,
                 sampling=sampling,
+                environment=environment,
+                context=None if environment is None else params(environment.context),
             )
             reward = rollouts.reward(rollout, params(models))
             batches["experience"], control, found = step.collect(

@@ -110,10 +110,19 @@ def prompts(
         tokens, _, segments = _row(ids, length, encode.pad)
         return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
 
-    def number(place: int, prompt: Prompts) -> Prompts:
-        return prompt.replace(prompt_id=np.int32(place % 2**31))
+    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
 
-    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=number)
+
+def episodes(*, seed: int, shard: tuple[int, int], batch: int) -> grain.IterDataset:
+    """`Prompts` for an environment, which needs their names only; their one token is a 0.
+
+    `prompt_id` is the place in the stream, as in `prompts`: no two episodes of a batch are one.
+    """
+
+    def row(record, _) -> Prompts:
+        return Prompts(np.zeros(1, np.int32), np.int32(1), np.int32(0), np.int32(0))
+
+    return _stream(range(1), row, seed=seed, shard=shard, batch=batch, number=_number)
 
 
 def pairs(
@@ -181,6 +190,10 @@ def _stream(records, row, *, seed, shard, batch, number=None) -> grain.IterDatas
     batches = mine.batch(batch // count, drop_remainder=True, batch_fn=_stack)
     # One thread and a few batches ahead: rows are cheap, and the device needs the host's cores.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def _number(place: int, prompt: Prompts) -> Prompts:
+    return prompt.replace(prompt_id=np.int32(place % 2**31))
 
 
 class _Epochs:
