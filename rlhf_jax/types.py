@@ -45,6 +45,33 @@ class Labeled(Sequences):
 
 
 @struct.dataclass
+class Judged(Labeled):
+    """Texts with feedback, and what they are held against (`objectives.kto` makes the fields)."""
+
+    probe: Bool[Array, "b"]  # the row only serves to measure the reference point; it has weight 0
+    reference_point: Float[Array, "b"]  # KL(π‖π_ref), nats; the same number on every row
+
+
+@struct.dataclass
+class Searched(Labeled):
+    """Texts with what a search says of each state: visits, or any posterior; all 0: not searched.
+
+    [b, t, v] is held in memory whole: for vocabularies of moves, not of words.
+    """
+
+    visits: Float[Array, "b t v"]  # of the moves that could stand where the token stands
+
+
+@struct.dataclass
+class Contrast(Labeled):
+    """Texts of data (score 1) beside samples of a policy (score 0)."""
+
+    log_q: Float[Array, "b"]  # what the policy drew the text with, nats; 0 for data
+    importance: Float[Array, "b"]  # e^{r − log q} of a sample, their mean 1; by `energy_weights`
+    log_z: Float[Array, "b"]  # estimate of log Σ e^r over all texts; by `energy_weights`
+
+
+@struct.dataclass
 class Pairs(Sequences):
     """Comparisons `[n, k, t]`: member 0 is the one people preferred; k = 2 for pairs."""
 

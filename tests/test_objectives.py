@@ -10,15 +10,31 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rlhf_jax import masked
-from rlhf_jax.aggregate import over_length, over_prompts, over_sequence_means, over_sequences
+from rlhf_jax.aggregate import (
+    over_ends,
+    over_length,
+    over_prompts,
+    over_sequence_means,
+    over_sequences,
+)
 from rlhf_jax.objectives import (
     combine,
     cringe,
     cringe_vocab,
+    discriminator,
+    distill,
+    distill_vocab,
+    dpo,
+    energy,
     from_head,
     horizon_one,
     horizon_one_vocab,
+    ipo,
+    kto,
     mle,
+    of_the_state,
+    orpo,
+    outcome,
     ppo,
     reference_kl,
     reference_kl_vocab,
@@ -31,6 +47,8 @@ from rlhf_jax.objectives import (
     token_reward_model,
     unlikelihood,
     value,
+    visit_counts,
+    visit_counts_vocab,
 )
 from rlhf_jax.ratios import k3, sequence_log_ratio
 from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
@@ -55,6 +73,11 @@ OBJECTIVES = {
     "value": (value, {}),
     "value, not clipped": (partial(value, clip=None, coefficient=0.1), {}),
     "reward_model": (partial(reward_model, centre=0.1), {}),
+    "dpo": (dpo, {}),
+    "dpo, every option": (partial(dpo, beta=0.5, smoothing=0.1, reduce=masked.mean), {}),
+    "ipo": (ipo, {}),
+    "kto": (partial(kto, beta=0.5, desirable=2.0, undesirable=0.5), {}),
+    "orpo": (orpo, {}),
     "unlikelihood": (partial(unlikelihood, threshold=0.0, alpha=2.0), {}),
     "unlikelihood by degree": (partial(unlikelihood, threshold=None, alpha=2.0), {}),
     "signed_likelihood": (signed_likelihood, {}),
@@ -77,6 +100,19 @@ OBJECTIVES = {
     "reference_kl": (partial(reference_kl, coefficient=0.1), over_vocabulary),
     "ppo + value": (partial(combine, policy=ppo, value=partial(value, coefficient=0.1)), on_policy),
     "ppo + KL": (partial(combine, policy=ppo, kl=reference_kl), on_policy | over_vocabulary),
+    **{
+        f"distill, beta {beta}": (
+            distill,
+            {"vocab": partial(distill_vocab, beta=beta, temperature=2.0), "others": ("teacher",)},
+        )
+        for beta in (0.0, 0.3, 1.0)
+    },
+    "outcome": (outcome, {}),
+    "outcome of states": (partial(outcome, target=of_the_state, coefficient=0.5), {}),
+    "visit_counts": (visit_counts, {"vocab": visit_counts_vocab}),
+    "discriminator": (partial(discriminator, smoothing=0.1), {}),
+    "discriminator of texts": (partial(discriminator, aggregate=over_ends), {}),
+    "energy": (energy, {}),
 }
 
 

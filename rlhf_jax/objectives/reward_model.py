@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from rlhf_jax import masked
+from rlhf_jax import comparisons, masked
 from rlhf_jax.types import Pairs, Scores, Terms
 
 
@@ -18,16 +17,11 @@ def reward_model(scores: Scores, batch: Pairs, *, centre: float = 0.0) -> Terms:
     """
     if scores.reward is None:
         raise ValueError("reward_model needs scores.reward: give this learner's model a value head")
-    whole = batch.mask.any(axis=-1).all(axis=-1)
+    whole = comparisons.whole(batch)
     score = masked.last(scores.reward, batch.mask & whole[:, None, None])
-    first, rest = score[:, 0], score[:, 1:]
-    # softplus of differences, not logsumexp minus score: exact for confident models too.
-    loss = jax.nn.softplus(jax.nn.logsumexp(rest - first[:, None], axis=-1))
-    margin = first - rest.max(axis=-1)
+    loss = comparisons.first_is_best(score) + centre * score.sum(axis=-1) ** 2
     metrics = {
-        "accuracy": 0.5 * ((margin > 0).astype(jnp.float32) + (margin >= 0).astype(jnp.float32)),
-        "margin": margin,
+        **{name: comparisons.metrics(score)[name] for name in ("accuracy", "margin")},
         "score": score.mean(axis=-1),
     }
-    loss = loss + centre * score.sum(axis=-1) ** 2
     return Terms(loss, weight=whole.astype(jnp.float32), metrics=metrics)

@@ -24,13 +24,13 @@ def unlikelihood(
     else:
         good = (score >= threshold).astype(jnp.float32)
     likelihood = jnp.where(good > 0, -good * logp, 0.0)  # 0 · (−inf) is nan
-    loss = likelihood - alpha * (1.0 - good) * _log_of_the_rest(logp)
+    loss = likelihood - alpha * (1.0 - good) * log_of_the_rest(logp)
     metrics = {"good": good}
     return Terms(loss, weight=batch.mask.astype(jnp.float32), metrics=metrics)
 
 
-def _log_of_the_rest(logp):
-    """log(1 − eˣ), exact near 0 and far from it (Mächler 2012)."""
+def log_of_the_rest(logp):
+    """log(1 − p) for log p, exact near 0 and far from it (Mächler 2012); p at most 1 − 1e-6."""
     x = jnp.minimum(logp, -1e-6)
     near = x > -0.6931
     return jnp.where(
