@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhf_jax import masked
 from rlhf_jax.types import Experience, Sequences
 
 Pair = tuple[Float[Array, "*n t"], Float[Array, "*n t"]]
@@ -45,6 +46,12 @@ def over_prompts(batch: Experience) -> Pair:
 def over_length(batch: Sequences, *, length: int) -> Pair:
     """Mean over texts of Σ tokens / `length`, one constant for all (Dr. GRPO: Liu et al. 2025)."""
     return batch.mask.astype(jnp.float32), length * _share(batch)
+
+
+def over_ends(batch: Sequences) -> Pair:
+    """The last masked token of each text alone: for what is said of whole texts."""
+    weight = masked.is_last(batch.mask).astype(jnp.float32)
+    return weight, weight
 
 
 def _share(batch):

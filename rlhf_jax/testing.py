@@ -160,7 +160,9 @@ def random_batch(kind: type[Sequences], seed: int = 0) -> Sequences:
         if name in fields:
             continue
         dtype, dims = _annotation(kind, name)
-        size = shape if dims.split()[-1] == "t" else shape[: len(dims.split())]
+        wide = dims.split()[-1] == "v"
+        size = shape if "t" in dims.split() else shape[: len(dims.split())]
+        size = (*size, VOCABULARY) if wide else size
         if dtype == "Bool":
             fields[name] = rng.uniform(size=size) < 0.5
         elif dtype == "Int":
@@ -232,8 +234,9 @@ def _flat(logits, batch):
     shape = batch.tokens.shape
 
     def one(x):
+        wider = x.shape[len(shape) :]
         x = x.reshape(x.shape + (1,) * (len(shape) - x.ndim))
-        return jnp.broadcast_to(x, shape).reshape(-1)
+        return jnp.broadcast_to(x, shape + wider).reshape(-1, *wider)
 
     flat = {name: x.reshape(-1, x.shape[-1]) for name, x in logits.items()}
     return flat, jax.tree.map(one, batch)
