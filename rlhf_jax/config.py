@@ -288,7 +288,7 @@ def _check_calls(value, path):
 
 def _check_rollouts(config, spec, exists):
     exists(spec.prompts, set(config.data), "rollouts.prompts")
-    exists(spec.policy, set(config.learners), "rollouts.policy")
+    exists(spec.policy, set(config.models), "rollouts.policy")  # frozen: a teacher's samples
     for role in ("reference", "value"):
         if getattr(spec, role) is not None:
             exists(getattr(spec, role), set(config.models), f"rollouts.{role}")
@@ -296,6 +296,13 @@ def _check_rollouts(config, spec, exists):
         raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
     if spec.value is not None and not config.models[spec.value].value_head:
         raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
+    said = config.models[spec.policy].vocab
+    for name, learner in config.learners.items():
+        if learner.batch == "experience" and learner.model.vocab < said:
+            raise ConfigError(
+                f"learners.{name}: its vocabulary of {learner.model.vocab} is smaller than the "
+                f"{said} tokens of {spec.policy!r}, from whose samples it learns"
+            )
     prompt = getattr(config.data[spec.prompts], "keywords", {}).get("length", 1)
     context = config.models[spec.policy].context
     if spec.environment is not None:
