@@ -20,7 +20,7 @@ from rlhf_jax.hostpool import RewardError
 from rlhf_jax.ratios import k1 as k1
 from rlhf_jax.ratios import k2 as k2
 from rlhf_jax.ratios import k3 as k3
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.types import Params, Rollout, Sequences
 
 
 def from_model(
@@ -30,6 +30,42 @@ def from_model(
     hidden = model.apply(params[learner], rollout.tokens, segments=rollout.segments).hidden
     said = model.value(params[learner], hidden)
     return masked.select(said, masked.is_last(rollout.mask))
+
+
+def opinions(
+    batch: Sequences, params: Mapping[str, Params], *, model: Any, learners: tuple[str, ...]
+) -> Float[Array, "m b"]:
+    """What each of several reward models says of each text, after its last masked token."""
+    said = [from_model(batch, params, model=model, learner=name).sum(axis=1) for name in learners]
+    return jnp.stack(said)
+
+
+def ensemble(
+    rollout: Rollout,
+    params: Mapping[str, Params],
+    *,
+    model: Any,
+    learners: tuple[str, ...],
+    pessimism: float = 0.0,
+) -> Float[Array, "b t"]:
+    """Mean − pessimism · std over reward models, on the last masked token.
+
+    A model is overrated where it errs, and several err apart (Coste et al. 2023; they take the
+    variance off, or the minimum). The std is biased (divided by m). Members are learners like any
+    other: each has its own first weights, and `labelling.resampled` or `half` its own bootstrap.
+    `disagreement` is the std by itself. Comparisons leave each model's origin and scale free:
+    `reward_model(centre=...)` holds the first.
+    """
+    said = opinions(rollout, params, model=model, learners=learners)
+    return masked.at_last(said.mean(axis=0) - pessimism * said.std(axis=0), rollout.mask)
+
+
+def disagreement(
+    rollout: Rollout, params: Mapping[str, Params], *, model: Any, learners: tuple[str, ...]
+) -> Float[Array, "b t"]:
+    """Std over reward models, on the last masked token: a measure, or a reward for being novel."""
+    said = opinions(rollout, params, model=model, learners=learners)
+    return masked.at_last(said.std(axis=0), rollout.mask)
 
 
 def from_environment(rollout: Rollout, params: Mapping[str, Params]) -> Float[Array, "b t"]:
@@ -187,6 +223,16 @@ def max_entropy(
     sampler's, in nats.
     """
     return reward - temperature * masked.select(rollout.logp, rollout.mask)
+
+
+def free_play(reward: Float[Array, "b t"], rollout: Rollout, *, tokens: int) -> Float[Array, "b t"]:
+    """Nothing is paid for the first `tokens` chosen tokens of a row (gwern.net/free-play).
+
+    What comes later still teaches them: play is free, and learned. A KL penalty is taken after the
+    shaping and stays. A text that ends within its free play earns nothing, a score at its end
+    included. The other readings: `advantages.free_play`, `models.attention.free_play`.
+    """
+    return jnp.where(masked.is_first(rollout.mask, tokens), 0.0, reward)
 
 
 def missing_eos(
