@@ -167,6 +167,26 @@ def whitened(
     return masked.whiten(raw, mask, shift_mean=shift_mean), target
 
 
+def free_play(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    advantage: Callable,
+    tokens: int,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Another function's advantages, 0 on a row's first `tokens` chosen ones; its own targets.
+
+    Free play by stopped gradients: those tokens are never reinforced, whatever they earned, so the
+    policy plays as it did before training and learns to use what it finds; a critic still learns
+    there. It goes outside of `whitened`, which would move a 0. A KL or an entropy in the loss still
+    acts on them. `rewards.free_play` only stops the pay.
+    """
+    found, target = advantage(reward=reward, value=value, mask=mask, prompt_id=prompt_id)
+    return masked.select(found, mask & ~masked.is_first(mask, tokens)), target
+
+
 def _against_group(reward, mask, prompt_id):
     """Σ_j (R_i − R_j) over the rows j of the same prompt [b], who they are [b, b], how many [b].
 

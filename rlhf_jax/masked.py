@@ -65,6 +65,13 @@ def is_last(mask: Bool[Array, "*n t"]) -> Bool[Array, "*n t"]:
     return mask & (_index(mask) == last_index(mask)[..., None])
 
 
+def is_first(mask: Bool[Array, "*n t"], count: int) -> Bool[Array, "*n t"]:
+    """True at each row's first `count` masked tokens and nowhere else."""
+    if count < 0:
+        raise ValueError(f"the first {count} tokens: at least 0")
+    return mask & (jnp.cumsum(mask, axis=-1) <= count)
+
+
 def last(x: Shaped[Array, "*n t"], mask: Bool[Array, "*n t"]) -> Float[Array, "*n"]:
     """`x` at each row's last masked token; 0 for a row without one."""
     return sum(x, is_last(mask), axis=-1)

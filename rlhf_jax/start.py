@@ -26,9 +26,9 @@ def begin(config: Config, phases: Phases, stages: Mapping[str, Path]):
     for name, learner in config.learners.items():
         if learner.start is not None:
             source = _source(learner.start, stages, f"learners.{name}.start", learners)
-            learners[name] = learners[name].replace(
-                params=_filled(learners[name].params, source, f"learners.{name}", learner.start)
-            )
+            target = learners[name].params
+            params = _filled(target, source, f"learners.{name}", learner.start, learner.model)
+            learners[name] = learners[name].replace(params=params)
     frozen = {}
     for name, spec in config.frozen.items():
         model = config.models[name]
@@ -36,7 +36,7 @@ def begin(config: Config, phases: Phases, stages: Mapping[str, Path]):
         parts = sharding.shardings(shape, phases.mesh)
         target = jax.jit(model.init, out_shardings=parts)(jax.random.key(0))
         source = _source(spec.start, stages, f"frozen.{name}.start", learners)
-        frozen[name] = _filled(target, source, f"frozen.{name}", spec.start)
+        frozen[name] = _filled(target, source, f"frozen.{name}", spec.start, model)
     return state.replace(learners=learners), frozen
 
 
@@ -59,7 +59,9 @@ def _source(start: From, stages, where, learners) -> Params:
     return learners[start.learner].params
 
 
-def _filled(target, source, where, start):
+def _filled(target, source, where, start, model):
+    if hasattr(model, "part_of"):  # a probe reads some of the source's layers
+        source = model.part_of(source)
     try:
         return weights.fill(target, source, origin=start.path or start.stage or start.learner)
     except ValueError as error:

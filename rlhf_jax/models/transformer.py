@@ -7,14 +7,15 @@ of parameters. Flax stays inside this file. Other models offer the same five.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from rlhf_jax.models.attention import dot_attention as dot_attention
 from rlhf_jax.sharding import gather_columns, split_rows
 from rlhf_jax.types import Params
 
@@ -50,8 +51,20 @@ class Transformer:
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower on CPU
     remat: bool = False  # recompute a block's activations in the backward pass
     dtype: str = "float32"
+    side_mlp: int = 0  # width of a second MLP beside each block's own; 0: none
+    side_gate: float = 1.0  # what it writes is multiplied by this, and so is what teaches it
+    tap: Tap | None = None  # layer, hidden -> hidden: reads or replaces the residual stream
+    attention: Attention | None = None  # the kernel, such as `attention.myopic`; None: softmax
 
     def __post_init__(self):
+        for name in ("tap", "attention"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: a function or None; an experiment's file "
+                    f"says replace(model, {name}=...)"
+                )
+        if self.side_mlp < 0:
+            raise ValueError(f"side_mlp is {self.side_mlp}: a width, or 0 for none")
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "mlp", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
@@ -92,15 +105,16 @@ class Transformer:
         written at `positions` and attend to everything at or before their own.
 
         `tap(layer, hidden) -> hidden` reads or replaces the residual stream after each block;
-        `attention(query, key, value, mask) -> [b, t, heads, head_dim]` swaps the kernel.
+        `attention(query, key, value, mask) -> [b, t, heads, head_dim]` swaps the kernel. None
+        leaves the model's own, whose value stands in the fields of those names.
         """
+        given = {"tap": tap, "attention": attention}
+        own = replace(self, **{name: hook for name, hook in given.items() if hook is not None})
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = index_in_segment(segments)
-        hidden, cache = _Decoder(self, tap, attention).apply(
-            {"params": params}, tokens, positions, segments, cache
-        )
+        hidden, cache = _Decoder(own).apply({"params": params}, tokens, positions, segments, cache)
         return Output(hidden, cache)
 
     def logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
@@ -135,16 +149,6 @@ def index_in_segment(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
         [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
     )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def dot_attention(
-    query: Float[Array, "b t h k"],
-    key: Float[Array, "b s g k"],
-    value: Float[Array, "b s g k"],
-    mask: Bool[Array, "b t s"],
-) -> Float[Array, "b t h k"]:
-    """Softmax attention with float32 logits; a row without any key stays finite."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], theta: float) -> Array:
@@ -201,8 +205,6 @@ class _Block(nn.Module):
     """`(hidden, cache), layer -> (hidden, cache), None`: the shape `nn.scan` wants."""
 
     config: Transformer
-    tap: Tap | None
-    attention: Attention | None
 
     @nn.compact
     def __call__(self, carry, layer, positions, mask):
@@ -220,7 +222,7 @@ class _Block(nn.Module):
         value = value.reshape(b, t, c.kv_heads, -1)
         if cache is not None:
             cache, key, value = _write(cache, layer, positions, key, value, stacked=c.scan)
-        attend = self.attention if self.attention is not None else dot_attention
+        attend = c.attention if c.attention is not None else dot_attention
         x = attend(query, key, value, mask).reshape(b, t, -1)
         hidden = hidden + _Linear(c.width, c.dtype, narrow, name="out")(x)
 
@@ -228,8 +230,12 @@ class _Block(nn.Module):
         gate = _Linear(c.mlp, c.dtype, name="gate")(x)
         up = _Linear(c.mlp, c.dtype, name="up")(x)
         hidden = hidden + _Linear(c.width, c.dtype, narrow, name="down")(nn.silu(gate) * up)
-        if self.tap is not None:
-            hidden = self.tap(layer, hidden)
+        if c.side_mlp:
+            side = nn.silu(_Linear(c.side_mlp, c.dtype, name="side_up")(x))
+            side = _Linear(c.width, c.dtype, narrow, name="side_down")(side)
+            hidden = hidden + jnp.asarray(c.side_gate, side.dtype) * side
+        if c.tap is not None:
+            hidden = c.tap(layer, hidden)
         return (split_rows(hidden), cache), None
 
 
@@ -248,8 +254,6 @@ def _write(cache, layer, positions, key, value, *, stacked):
 
 class _Decoder(nn.Module):
     config: Transformer
-    tap: Tap | None = None
-    attention: Attention | None = None
 
     @nn.compact
     def __call__(self, tokens, positions, segments, cache=None):
@@ -275,12 +279,12 @@ class _Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=c.layers,
-            )(c, self.tap, self.attention, name="layers")
+            )(c, name="layers")
             (hidden, cache), _ = layers((hidden, cache), jnp.arange(c.layers), positions, mask)
         else:
             new = []
             for i in range(c.layers):
-                layer = block(c, self.tap, self.attention, name=f"layers_{i}")
+                layer = block(c, name=f"layers_{i}")
                 own = None if cache is None else cache[i]
                 (hidden, own), _ = layer((hidden, own), jnp.int32(i), positions, mask)
                 new.append(own)

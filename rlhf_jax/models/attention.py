@@ -1,0 +1,101 @@
+"""Attention kernels: `(query, key, value, mask) -> [b, t, heads, head_dim]`.
+
+One of them is `Transformer.attention`, or an argument of `apply`. Those that change where gradients
+go say what `dot_attention` says: forward they are the same kernel, so sampler and trainer agree.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def dot_attention(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    mask: Bool[Array, "b t s"],
+) -> Float[Array, "b t h k"]:
+    """Softmax attention with float32 logits; a row without any key stays finite."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
+def myopic(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    mask: Bool[Array, "b t s"],
+) -> Float[Array, "b t h k"]:
+    """Earlier positions are read but not taught: keys and values of s < t carry no gradient to t.
+
+    With it in every layer the loss at position t has a gradient of exactly 0 by the hidden states
+    at s < t: no position can prepare what a later one needs (Wu, Morris & Levine 2024, myopic
+    descent). A position's own key and value stay live. A position is an input: the loss of token t
+    is the one at position t − 1. Decoding with a cache, where nobody differentiates, is plain.
+    """
+    if query.shape[1] != key.shape[1]:
+        return dot_attention(query, key, value, mask)
+    return gradient_where(query, key, value, mask, _own(mask))
+
+
+def free_play(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    mask: Bool[Array, "b t s"],
+    *,
+    tokens: int,
+    start: int = 0,
+) -> Float[Array, "b t h k"]:
+    """No later position teaches `tokens` early ones through their keys and values.
+
+    They are the positions `start` to `start + tokens − 1` of each text, counted from 0 at its first
+    token, prompt and environment included, for a kernel knows positions and not who chose them:
+    with a prompt of p tokens, `start=p` is the first token that was chosen. Their own losses still
+    teach them; `rlhf_jax.advantages.free_play` takes that away too. Decoding with a cache is plain.
+    """
+    if tokens < 0 or start < 0:
+        raise ValueError(f"tokens={tokens}, start={start}: both at least 0")
+    if query.shape[1] != key.shape[1]:
+        return dot_attention(query, key, value, mask)
+    # A token sees itself and what precedes it in its text, so what it sees tells its index.
+    index = mask.sum(axis=-1) - 1
+    early = (index >= start) & (index < start + tokens)
+    return gradient_where(query, key, value, mask, _own(mask) | ~early[:, None, :])
+
+
+def gradient_where(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    mask: Bool[Array, "b t s"],
+    live: Bool[Array, "b t s"],
+) -> Float[Array, "b t h k"]:
+    """`dot_attention` in which query t has a gradient by key and value s where `live`, else 0.
+
+    Exactly 0, not a small number. Costs two more products of the size of attention's own, and the
+    weights [b, heads, t, s] are alive, as they are in `dot_attention` off the fused kernels.
+    """
+    b, t, _, size = query.shape
+    grouped = query.reshape(b, t, key.shape[2], -1, size)
+    seen, live = mask[:, None, None], live[:, None, None]
+    still_key, still_value = jax.lax.stop_gradient((key, value))
+
+    def logits(key):
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        return jnp.einsum("btgnk,bsgk->bgnts", grouped, key, preferred_element_type=wide)
+
+    def mixed(weight, value):
+        return jnp.einsum("bgnts,bsgk->btgnk", weight, value).reshape(query.shape)
+
+    # The two products are equal, and the compiler makes one of them; their gradients differ.
+    logit = jnp.where(live, logits(key), logits(still_key)) * (size**-0.5)
+    low = 0.7 * jnp.finfo(logit.dtype).min  # finite, so that a row without keys is no nan
+    weight = jax.nn.softmax(jnp.where(seen, logit, low), axis=-1).astype(value.dtype)
+    taught = jax.lax.stop_gradient(jnp.where(live, weight, 0))
+    return mixed(weight, still_value) + mixed(taught, value - still_value)  # + 0, and a gradient
+
+
+def _own(mask: Bool[Array, "b t s"]) -> Bool[Array, "b t s"]:
+    return jnp.broadcast_to(jnp.eye(mask.shape[1], dtype=bool)[None], mask.shape)
