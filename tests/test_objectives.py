@@ -52,7 +52,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.ratios import k3, sequence_log_ratio
 from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
-from rlhf_jax.types import Experience, Labeled, Pairs, Scores, Sequences, Terms
+from rlhf_jax.types import Experience, Judged, Labeled, Pairs, Scores, Sequences, Terms
 
 every_ppo = partial(ppo, clip_high=0.3, dual_clip=3.0, importance_cap=2.0, entropy_coefficient=0.01)
 on_policy = {"batch": Experience}
@@ -76,7 +76,7 @@ OBJECTIVES = {
     "dpo": (dpo, {}),
     "dpo, every option": (partial(dpo, beta=0.5, smoothing=0.1, reduce=masked.mean), {}),
     "ipo": (ipo, {}),
-    "kto": (partial(kto, beta=0.5, desirable=2.0, undesirable=0.5), {}),
+    "kto": (partial(kto, beta=0.5, desirable=2.0, undesirable=0.5), {"batch": Judged}),
     "orpo": (orpo, {}),
     "unlikelihood": (partial(unlikelihood, threshold=0.0, alpha=2.0), {}),
     "unlikelihood by degree": (partial(unlikelihood, threshold=None, alpha=2.0), {}),

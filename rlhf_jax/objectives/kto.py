@@ -14,7 +14,7 @@ from rlhf_jax.types import Judged, Labeled, Scores, Terms
 
 def kto(
     scores: Scores,
-    batch: Judged,
+    batch: Labeled,
     *,
     beta: float = 0.1,
     threshold: float = 0.0,
@@ -31,12 +31,10 @@ def kto(
     Needs `scores=("reference",)`; `chosen` and `rejected` are β h of the good and of the bad, 0 on
     the others.
     """
-    present = batch.mask.any(axis=-1)
-    if isinstance(batch, Judged):
-        present = present & ~batch.probe
-        point = masked.select(batch.reference_point, present)
-    else:
+    if not isinstance(batch, Judged):
         raise ValueError("kto needs the reference point: give its learner prepare=kto_reference")
+    present = batch.mask.any(axis=-1) & ~batch.probe
+    point = masked.select(batch.reference_point, present)
     ratio = comparisons.log_ratio(scores, batch, reference=reference)
     good = masked.select(batch.score, present) > threshold
     gain = beta * (masked.select(ratio, present) - point)
