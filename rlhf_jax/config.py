@@ -228,6 +228,7 @@ def check(config: Config, *, devices: int) -> None:
         exists(evaluation.batch, set(config.data), f"evaluation.{name}.batch")
     if config.rollouts is not None:
         _check_rollouts(config, config.rollouts, exists)
+    _check_tags(config)
     _check_batches(config, devices)
 
 
@@ -334,6 +335,46 @@ def _check_environment(config, spec, exists):
             f"rollouts.length={spec.length} times 1 + {environment.forced} tokens make {row}, but "
             f"the model's context is {context}; shorten one of them"
         )
+
+
+def control_tokens(value: Any) -> set[int]:
+    """Ids that a function puts into texts: the argument `tags` of its partials, however deep."""
+    if isinstance(value, partial):
+        own = {int(tag) for tag in value.keywords.get("tags", ())}
+        inner = [*value.args, *value.keywords.values()]
+    else:
+        own, inner = set(), value if isinstance(value, tuple | list) else ()
+    return own.union(*map(control_tokens, inner))
+
+
+def _check_tags(config):
+    """Control tokens are in the vocabulary, and the policy that has them may not say them."""
+    spec, models = config.rollouts, config.models
+    found = {
+        f"learners.{name}.transform": (control_tokens(learner.transform), models[name])
+        for name, learner in config.learners.items()
+    }
+    if spec is not None:
+        found["rollouts.transform"] = (control_tokens(spec.transform), models[spec.policy])
+        if spec.environment is not None:
+            parts = (spec.environment.reset, spec.environment.step)
+            found["rollouts.environment"] = (control_tokens(parts), models[spec.policy])
+    for where, (tags, model) in found.items():
+        if outside := sorted(tag for tag in tags if not 0 <= tag < model.vocab):
+            raise ConfigError(
+                f"{where}: the control tokens {outside} are not in the model's vocabulary, ids 0 "
+                f"to {model.vocab - 1}; use free ones, or a model with a larger vocab"
+            )
+    if spec is None:
+        return
+    banned = tuple(int(i) for i in spec.sampling.banned)
+    for where, (tags, _) in found.items():
+        said = sorted(tag for tag in tags - {*banned} if tag < models[spec.policy].vocab)
+        if said:
+            raise ConfigError(
+                f"{where}: the policy could say the control tokens {said} itself; ban them with "
+                f"rollouts.sampling=Sampling(banned={(*banned, *said)})"
+            )
 
 
 def _check_batches(config, devices):

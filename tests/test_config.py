@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from rlhf_jax import objectives
+from rlhf_jax import conditioning, objectives, returns_to_go
 from rlhf_jax.advantages import gae, whitened
 from rlhf_jax.config import (
     Config,
@@ -22,6 +22,7 @@ from rlhf_jax.config import (
     check,
     every,
 )
+from rlhf_jax.environment import Environment
 from rlhf_jax.experiment import describe, difference, load, override
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizer import adam
@@ -221,7 +222,7 @@ def with_rollouts(**fields):
          "evaluation.x.learner: there is no 'nobody'; valid: critic, policy, sft"),
         (broken(evaluation={"x": Evaluation("sft", "texts")}), "evaluation.x.batch: there is no"),
         (with_rollouts(prompts="p"), "rollouts.prompts: there is no 'p'; valid: held out, prompts"),
-        (with_rollouts(policy="reference"), "rollouts.policy: there is no 'reference'"),
+        (with_rollouts(policy="teacher"), "rollouts.policy: there is no 'teacher'"),
         (with_rollouts(policy="critic"), "the model of 'critic' has no lm_head"),
         (with_rollouts(value="sft"), "the model of 'sft' has no value_head"),
         (with_rollouts(reference="r"), "rollouts.reference: there is no 'r'"),
@@ -238,6 +239,45 @@ def with_rollouts(**fields):
 def test_a_mistake_is_found_before_anything_is_compiled(config, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check(config, devices=8)
+
+
+def switched(banned, **fields):
+    """The example, whose prompts get a tag and whose texts another."""
+    texts = partial(conditioning.condition, edges=(0.0,), tags=(7, 8))
+    texts = partial(conditioning.chained, transforms=(every, texts))
+    sft = replace(CONFIG.learners["sft"], transform=texts)
+    rollouts = replace(
+        CONFIG.rollouts,
+        transform=partial(conditioning.tagged, tags=(9,)),
+        sampling=Sampling(banned=banned),
+        **fields,
+    )
+    return broken(learners=CONFIG.learners | {"sft": sft}, rollouts=rollouts)
+
+
+def test_the_policy_may_not_say_the_control_tokens_that_it_reads():
+    check(switched((7, 8, 9)), devices=8)
+    with pytest.raises(ConfigError, match=r"sft\.transform: .* control tokens \[7, 8\] .*"
+                       r"Sampling\(banned=\(0, 9, 7, 8\)\)"):  # fmt: skip
+        check(switched((0, 9)), devices=8)
+    with pytest.raises(ConfigError, match=r"rollouts\.transform: .* \[9\] .*banned=\(7, 8, 9\)"):
+        check(switched((7, 8)), devices=8)
+    asked = returns_to_go.on_request(
+        Environment(reward, reward, forced=0, prompt=1), request=1.0, edges=(0.0,), tags=(3, 9)
+    )
+    here = broken(rollouts=replace(CONFIG.rollouts, environment=asked))
+    with pytest.raises(ConfigError, match=r"rollouts\.environment: .* control tokens \[3, 9\]"):
+        check(here, devices=8)
+
+
+def test_control_tokens_are_banned_only_where_the_policy_has_them():
+    config = switched((9,))
+    texts = partial(conditioning.condition, edges=(0.0,), tags=(40, 41))
+    sft = replace(config.learners["sft"], model=replace(MODEL, vocab=64), transform=texts)
+    check(replace(config, learners=config.learners | {"sft": sft}), devices=8)
+    outside = replace(sft, model=MODEL)
+    with pytest.raises(ConfigError, match=r"\[40, 41\] are not in the model's vocabulary, ids 0"):
+        check(replace(config, learners=config.learners | {"sft": outside}), devices=8)
 
 
 def test_a_batch_only_has_to_divide_over_the_devices_that_share_rows():
