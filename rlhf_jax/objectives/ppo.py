@@ -31,6 +31,21 @@ def ppo(
     sampler that disagrees with the trainer (Yao et al. 2025); `log_ratio` may be that of the whole
     text (`ratios.sequence_log_ratio`: GSPO); `aggregate` says what a token weighs. GRPO and its kin
     are this with arguments: see `presets`. Departs: log ρ is clamped to ±20.
+
+    Args:
+        clip: ε; the paper's 0.2, and everybody's since.
+        clip_high: ε above 1; DAPO's 0.28. None: `clip`.
+        dual_clip: c > 1; the paper's 3. None: off.
+        importance_cap: C, such as 2. None: off, right for a sampler that agrees with the trainer.
+        entropy_coefficient: of an entropy bonus, reward per nat; 0.01 in the paper's Atari runs,
+            usually 0 for language models.
+        log_ratio: of π to π_old: `token_log_ratio` or `sequence_log_ratio`.
+        aggregate: a function of `aggregate`; GRPO's is `over_sequence_means`.
+    Use: rollouts with any reward, when samples serve several optimiser steps.
+    Memory: log-probabilities only; the critic, if any, is a learner of its own or a head.
+
+    Example:
+        Learner(model, partial(ppo, clip=0.2), epochs=4, minibatches=4)
     """
     if entropy_coefficient and scores.entropy is None:
         raise ValueError("entropy_coefficient needs scores.entropy, which this learner lacks")

@@ -27,6 +27,17 @@ def reinforce(
     gradient is right for one optimiser step on fresh samples; later steps need `ppo`.
     `importance_cap` C multiplies the loss by min(π/π_sampler, C), without gradient, for a sampler
     that disagrees with the trainer (Yao et al. 2025).
+
+    Args:
+        importance_cap: C, such as 2. None: off.
+        entropy_coefficient: of an entropy bonus, reward per nat.
+        aggregate: a function of `aggregate`; the sum over a text's tokens is the gradient of its
+            probability.
+    Use: rollouts, one optimiser step each: RLOO, and anything to be compared with theory.
+    Memory: nothing beyond the log-probabilities.
+
+    Example:
+        Learner(model, partial(reinforce, importance_cap=2.0))
     """
     if entropy_coefficient and scores.entropy is None:
         raise ValueError("entropy_coefficient needs scores.entropy, which this learner lacks")

@@ -15,6 +15,15 @@ def value(
 
     `clip=None` leaves ½ (V − R)². The metrics' means give the explained variance:
     1 − squared_error / (squared_target − target²).
+
+    Args:
+        clip: ε around the value of the rollout; Ziegler's 0.2, verl's 0.5. None: off.
+        coefficient: of this term; Ziegler's 0.1 where policy and critic share a trunk.
+    Use: the critic of PPO, as a learner of its own or combined with the policy on one trunk.
+    Memory: nothing beyond the values; a critic without lm_head computes no logits at all.
+
+    Example:
+        Learner(model, partial(value, clip=0.2), epochs=4, minibatches=4)
     """
     if scores.value is None:
         raise ValueError("value needs scores.value: give this learner's model a value head")
