@@ -18,6 +18,9 @@ def cringe_vocab(
     A learner's `vocab`; the result is scores.extra["cringe"], in nats, as if every token were bad.
     Departs from the paper, which draws one a from the softmax w over them: this is the expectation
     of its loss and, since no gradient flows through w, of its gradient; nothing is random.
+
+    Args:
+        top_k: how many other tokens a bad one is held against; the paper's 5.
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: a bad token needs at least 1 other to lose against")
@@ -41,6 +44,16 @@ def cringe(scores: Scores, batch: Labeled, *, threshold: float, alpha: float = 1
     Adolphs et al. 2023, §3. The learner needs `vocab=cringe_vocab`. What a bad token loses, the
     tokens that the policy likes best gain, in proportion to how it likes them.
     Departs from the paper: a token is bad if its own score is below `threshold`, not by its text.
+
+    Args:
+        threshold: a token whose own score is below it is bad.
+        alpha: weight of the bad tokens; the paper's tuned per task, 1 and below.
+    Use: marks on tokens, when what takes the place of a bad token should be what the policy likes.
+    Memory: a top-k over each chunk of the vocabulary.
+
+    Example:
+        cringing = partial(cringe, threshold=0.0)
+        Learner(model, cringing, batch="text", vocab=partial(cringe_vocab, top_k=5))
     """
     if "cringe" not in scores.extra:
         raise ValueError(

@@ -27,6 +27,15 @@ def discriminator(
     logit D ends at log p(prefix) − log q(prefix), the loss at 2 log 2 per prefix where p = q.
     `smoothing` ε makes the target of real texts 1 − ε (Salimans et al. 2016, §3.4): D (1 − ε).
     Such batches are made by `adversarial.real_and_generated`.
+
+    Args:
+        smoothing: ε, taken from the target of real texts; Salimans et al. have 0.1. 0: off.
+        aggregate: `over_sequences`: every prefix; `over_ends`: whole texts.
+    Use: an adversary whose `adversarial.from_discriminators` is the policy's reward.
+    Memory: a model without lm_head computes no logits.
+
+    Example:
+        Learner(model, discriminator, batch="both")
     """
     if scores.reward is None:
         raise ValueError(

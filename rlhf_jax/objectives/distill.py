@@ -31,6 +31,11 @@ def distill_vocab(
     JSD_β/(1 − β), so that the scale jumps there. Both distributions are taken at `temperature` on
     top of the batch's. A learner's `vocab`, beside `scores=("teacher",)`; the result is
     scores.extra["divergence"].
+
+    Args:
+        beta: of the Jensen–Shannon divergence: 0 forward KL, 1 reverse; the paper's 0.1, 0.5, 0.9.
+        temperature: of both distributions; the paper's 1.
+        teacher: its name among the learner's scores.
     """
     if teacher not in logits:
         raise ValueError(
@@ -63,6 +68,21 @@ def distill(
     On the student's own rollouts, or a `selection.mixture` of them with data, it is GKD (Agarwal et
     al. 2024, algorithm 1): no gradient flows through the sampling. The learner needs
     `vocab=distill_vocab` and `scores=("teacher",)`. Beside a reward: `combine` (eq. 5 there).
+
+    Args:
+        coefficient: of this term, beside others.
+        aggregate: a function of `aggregate`.
+    Use: a teacher's whole distribution: soft targets on data, GKD on the student's own rollouts.
+    Memory: the teacher's forward pass, and its log-probabilities of a chunk over the vocabulary.
+
+    Example:
+        Learner(
+            model,
+            distill,
+            batch="mixture",
+            vocab=partial(distill_vocab, beta=0.5),
+            scores=("teacher",),
+        )
     """
     if "divergence" not in scores.extra:
         raise ValueError('distill needs vocab=distill_vocab and scores=("teacher",) on its learner')

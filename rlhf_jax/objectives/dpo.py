@@ -28,6 +28,17 @@ def dpo(
     `reduce=masked.mean` averages over tokens, so that long texts do not weigh more. Needs
     `scores=("reference",)`; the metrics are of β h, the implicit reward. A group with an empty
     member has weight 0.
+
+    Args:
+        beta: the paper's 0.1, and 0.5 for summaries: the KL price of the optimum it aims at.
+        smoothing: ε, the share of wrong labels; the paper has none.
+        reduce: `masked.sum`, the paper's, or `masked.mean`.
+        reference: whose probability a text is held against.
+    Use: comparisons from fixed data, without a reward model and without sampling.
+    Memory: the reference's forward pass, on both texts of a pair.
+
+    Example:
+        Learner(model, partial(dpo, beta=0.1), batch="pairs", scores=("reference",))
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing}: a share of wrong labels, from 0 to below 1")

@@ -33,6 +33,12 @@ def energy(scores: Scores, batch: Contrast) -> dict[str, Terms]:
     ones still have the weights of the first. It ends at r = log p + constant. The policy learns
     beside it, with `rewards.max_entropy` at temperature 1, to draw from e^r/Z: then all weights
     are 1. Departs from the paper: the data are not among the importance samples.
+
+    Use: the reward of data, as inverse reinforcement learning; the policy learns beside it.
+    Memory: one more pass over the batch, for the importance weights.
+
+    Example:
+        Learner(model, energy, batch="both", prepare=energy_weights)
     """
     if scores.reward is None:
         raise ValueError("energy needs scores.reward: give this learner's model a value head")

@@ -29,6 +29,9 @@ def from_head(
 
     It arrives as log-probabilities (at the batch's temperature), so each state's r is the head's
     less log Σ_v e^{r(s, v)}: a constant of the state, which changes neither gradient nor optimum.
+
+    Args:
+        name: of the model among the learner's scores.
     """
     if name not in logits:
         raise ValueError(
@@ -45,6 +48,9 @@ def horizon_one_vocab(
 
     A learner's `vocab`, beside `scores=("reference",)`. `reward(logits, batch) -> [c, v]` is any
     r(s, v): the marks of the text by default, `from_head`, or a function of your own.
+
+    Args:
+        reward: r(s, v): `marked_token`, `from_head`, or your own `(logits, batch) -> [c, v]`.
     """
     here = batch.mask[:, None]
     p = jax.nn.softmax(masked.select(logits["self"], here))
@@ -61,6 +67,21 @@ def horizon_one(scores: Scores, batch: Sequences, *, kl_coefficient: float) -> T
     one token). The learner needs `vocab=horizon_one_vocab` and `scores=("reference",)`.
     On states that the policy itself reaches, `reinforce` with discount 0 and KL in the reward has
     this gradient in expectation, from one sampled token instead of the whole vocabulary.
+
+    Args:
+        kl_coefficient: β, reward per nat: how much a mark may move a token, exp(r/β).
+    Use: marks on tokens, or a learned reward of tokens, with a known optimum for every state.
+    Memory: the reference's forward pass, and its log-probabilities of a chunk over the vocabulary;
+        with `from_head` those of the reward model as well.
+
+    Example:
+        Learner(
+            model,
+            partial(horizon_one, kl_coefficient=0.5),
+            batch="text",
+            vocab=horizon_one_vocab,
+            scores=("reference",),
+        )
     """
     names = ("expected_reward", "reference_kl")
     missing = [name for name in names if name not in scores.extra]

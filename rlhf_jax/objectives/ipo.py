@@ -25,6 +25,16 @@ def ipo(
     `reduce=masked.mean` h is the mean over tokens, as TRL has it (τ is then a token's). Departs for
     more than two members: the mean over the others. Needs `scores=("reference",)`; the metrics are
     of τ h. A group with an empty member has weight 0.
+
+    Args:
+        tau: τ, the KL price; the paper's experiments range over 0.1 … 1.
+        reduce: `masked.sum`, the paper's, or `masked.mean`, TRL's.
+        reference: whose probability a text is held against.
+    Use: comparisons that are nearly deterministic, on which DPO runs away.
+    Memory: the reference's forward pass, on both texts of a pair.
+
+    Example:
+        Learner(model, partial(ipo, tau=0.1), batch="pairs", scores=("reference",))
     """
     if not tau > 0:
         raise ValueError(f"tau={tau}: must be above 0")

@@ -30,6 +30,26 @@ def kto(
     paper advises λ_D n_D : λ_U n_U between 1 : 1 and 4 : 3 for n_D good texts and n_U bad ones.
     Needs `scores=("reference",)`; `chosen` and `rejected` are β h of the good and of the bad, 0 on
     the others.
+
+    Args:
+        beta: risk aversion; the paper's 0.1.
+        threshold: texts whose score is above it are good.
+        desirable: λ_D; the paper's 1.
+        undesirable: λ_U; the paper's 1.
+        reference: whose probability a text is held against.
+    Use: texts that are good or bad each by itself: thumbs, without pairs.
+    Memory: the reference's forward pass, one more pass of both for the reference point, and the
+        same again with `transform=mismatched`.
+
+    Example:
+        Learner(
+            model,
+            partial(kto, beta=0.1),
+            batch="text",
+            scores=("reference",),
+            transform=mismatched,
+            prepare=kto_reference,
+        )
     """
     if not isinstance(batch, Judged):
         raise ValueError("kto needs the reference point: give its learner prepare=kto_reference")
@@ -56,6 +76,9 @@ def kto_reference(scores: Scores, batch: Labeled, *, reference: str = "reference
     `transform=mismatched` for those rows. Without them the batch's own rows serve, which costs no
     forward pass, and is the same where texts have no prompts; with prompts it overestimates a
     policy that has learned the good rows, and underestimates one that has unlearned the bad.
+
+    Args:
+        reference: as the objective's.
     """
     ratio = comparisons.log_ratio(scores, batch, reference=reference)
     present = batch.mask.any(axis=-1)

@@ -17,6 +17,14 @@ def orpo(scores: Scores, batch: Pairs, *, coefficient: float = 0.1) -> dict[str,
     Departs: log P is held at −1e-6 and below, where the gradient ends; with more than two members,
     the first choice among all odds. λ is `coefficient`; the metrics are of log odds. A group with
     an empty member has weight 0 in the odds ratio.
+
+    Args:
+        coefficient: λ; the paper's 0.1, and up to 0.25.
+    Use: comparisons, with fine-tuning on the chosen texts in the same stage and no reference model.
+    Memory: nothing beyond the log-probabilities of both texts.
+
+    Example:
+        Learner(model, partial(orpo, coefficient=0.1), batch="pairs")
     """
     counted = comparisons.whole(batch)
     mask = batch.mask & counted[:, None, None]

@@ -35,6 +35,15 @@ def outcome(
     game: `selection.one_position` as the learner's transform (Silver et al. 2016, eq. 3). V is a
     log-odds; it converges to the policy's own chance to win, not to that of best play.
     Departs from the paper: cross-entropy, not squares of tanh V.
+
+    Args:
+        target: `of_the_text` or `of_the_state`, or your own `batch -> [b, t]` within [0, 1].
+        coefficient: of this term, beside others.
+    Use: a value network of games won and lost.
+    Memory: nothing beyond the values.
+
+    Example:
+        Learner(model, outcome, batch="games", transform=one_position)
     """
     if scores.value is None:
         raise ValueError("outcome needs scores.value: give this learner's model a value head")

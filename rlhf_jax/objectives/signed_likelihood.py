@@ -14,6 +14,12 @@ def signed_likelihood(scores: Scores, batch: Labeled) -> Terms:
     Gradient ascent on bad tokens (Zhang et al. 2024, eq. 1; Jang et al. 2023). Nothing bounds it
     from below: however unlikely a bad token is, its own logit is pushed down by 1 − π(token). The
     baseline that `unlikelihood`, `token_npo`, `cringe` and `horizon_one` are to improve upon.
+
+    Use: the baseline of token feedback, and for a few steps only: it is unbounded.
+    Memory: nothing beyond the log-probabilities.
+
+    Example:
+        Learner(model, signed_likelihood, batch="text")
     """
     mark = masked.select(batch.token_score, batch.mask)
     loss = -mark * masked.select(scores.logp, batch.mask)

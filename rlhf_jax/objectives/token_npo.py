@@ -25,6 +25,18 @@ def token_npo(
     it is signed likelihood's. The learner needs `scores=("reference",)`.
     Departs from the paper: a ratio per token and not per text, likelihood on the good tokens, and
     one mean over both. A token is bad if its own score is below `threshold`.
+
+    Args:
+        threshold: a token whose own score is below it is bad.
+        beta: of the ratio; the paper's 0.1. Small: closer to signed likelihood, and further from
+            the reference.
+        alpha: weight of the bad tokens.
+        reference: whose probability a bad token is held against.
+    Use: marks on tokens, where forgetting must not destroy the model.
+    Memory: the reference's forward pass.
+
+    Example:
+        Learner(model, partial(token_npo, threshold=0.0), batch="text", scores=("reference",))
     """
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be above 0; its limit at 0 is signed_likelihood")

@@ -15,6 +15,14 @@ def token_reward_model(scores: Scores, batch: Labeled, *, threshold: float = 0.0
     s is the score after the token, so σ(s) is the probability that people mark it good (Lightman et
     al. 2023, a process reward model, with tokens for steps). A token is good above `threshold`, bad
     below, and nobody's opinion at it: weight 0. For marks of −1, 0 and 1 that is 0.
+
+    Args:
+        threshold: marks above it are good, below it bad, and at it absent.
+    Use: marks on tokens, to train a dense reward.
+    Memory: a model without lm_head computes no logits.
+
+    Example:
+        Learner(model, token_reward_model, batch="text")
     """
     if scores.reward is None:
         raise ValueError(

@@ -16,6 +16,16 @@ def unlikelihood(
     Departs from the paper: a token is bad if its own score is below `threshold`, not if it repeats
     an n-gram; and 1 − p is held at 1e-6 and above, where the gradient ends. `threshold=None` mixes
     the two by degree: a score of −x is bad to the share x, between 0 and 1 (Korbak et al. 2023).
+
+    Args:
+        threshold: a token whose own score is below it is bad; None: bad to the degree −score,
+            within [0, 1].
+        alpha: weight of the bad tokens; the paper's 1.
+    Use: marks on tokens, some of them bad: the push on a bad token ends as it vanishes.
+    Memory: nothing beyond the log-probabilities.
+
+    Example:
+        Learner(model, partial(unlikelihood, threshold=0.0), batch="text")
     """
     logp = masked.select(scores.logp, batch.mask)
     score = masked.select(batch.token_score, batch.mask)

@@ -18,6 +18,9 @@ def visit_counts_vocab(
     """−Σ_a ν_a log π_a, ν ∝ visits^{1/τ}, and the entropy of ν, which it ends at; in nats.
 
     A learner's `vocab`; the results are scores.extra["search_cross_entropy"], ["search_entropy"].
+
+    Args:
+        temperature: τ of the visits; AlphaZero's 1.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
@@ -46,6 +49,14 @@ def visit_counts(scores: Scores, batch: Searched) -> Terms:
     (Anthony et al. 2017, §3.3); its gradient by the logits is π − ν. The learner needs
     `vocab=visit_counts_vocab`; the value's part is `outcome`:
     `partial(combine, policy=visit_counts, value=outcome)`.
+
+    Use: a policy that learns from a search over the same states.
+    Memory: the visits [b, t, v] in the batch, and a chunk of them beside the logits: for
+        vocabularies of moves.
+
+    Example:
+        both = partial(combine, policy=visit_counts, value=outcome)
+        Learner(model, both, batch="searched", vocab=visit_counts_vocab)
     """
     if "search_cross_entropy" not in scores.extra:
         raise ValueError("visit_counts needs vocab=visit_counts_vocab on its learner")
