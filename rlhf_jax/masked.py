@@ -6,6 +6,8 @@ gradient. A statistic over nothing is 0.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -72,9 +74,11 @@ def is_first(mask: Bool[Array, "*n t"], count: int) -> Bool[Array, "*n t"]:
     return mask & (jnp.cumsum(mask, axis=-1) <= count)
 
 
-def last(x: Shaped[Array, "*n t"], mask: Bool[Array, "*n t"]) -> Float[Array, "*n"]:
-    """`x` at each row's last masked token; 0 for a row without one."""
-    return sum(x, is_last(mask), axis=-1)
+def last(
+    x: Shaped[Array, "*n t"], mask: Bool[Array, "*n t"], axis: Literal[-1] = -1
+) -> Float[Array, "*n"]:
+    """`x` at each row's last masked token; 0 for a row without one. (`axis`, as `sum` has it.)"""
+    return sum(x, is_last(mask), axis)
 
 
 def at_last(score: Shaped[Array, "*n"], mask: Bool[Array, "*n t"]) -> Float[Array, "*n t"]:

@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Int
 from numpy.testing import assert_allclose, assert_array_equal
 
+from rlhf_jax import masked
 from rlhf_jax.config import Learner
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import (
@@ -24,7 +25,6 @@ from rlhf_jax.objectives import (
     horizon_one_vocab,
     mle,
     reward_model,
-    segment_reward_model,
     signed_likelihood,
     token_npo,
     token_reward_model,
@@ -316,7 +316,7 @@ def test_a_constant_of_the_state_in_the_reward_of_a_head_changes_no_gradient():
 # --- reward models of tokens
 
 of_tokens = jax.jit(token_reward_model, static_argnames="threshold")
-of_segments = jax.jit(segment_reward_model, static_argnames="error")
+of_segments = jax.jit(partial(reward_model, reduce=masked.sum), static_argnames="error")
 
 
 def rated(marks, rewards):
@@ -502,7 +502,5 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"token_reward_model needs scores\.reward"):
         token_reward_model(scores, BAD)
     _, pairs = compared([[1.0], [0.5]])
-    with pytest.raises(ValueError, match=r"segment_reward_model needs scores\.reward"):
-        segment_reward_model(Scores(), pairs)
     with pytest.raises(ValueError, match="error=1"):
-        segment_reward_model(Scores(reward=jnp.zeros(pairs.mask.shape)), pairs, error=1.0)
+        reward_model(Scores(reward=jnp.zeros(pairs.mask.shape)), pairs, error=1.0)

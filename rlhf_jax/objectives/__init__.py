@@ -28,7 +28,6 @@ from rlhf_jax.objectives.reference_kl import reference_kl_vocab as reference_kl_
 from rlhf_jax.objectives.reinforce import reinforce as reinforce
 from rlhf_jax.objectives.reward_model import reward_model as reward_model
 from rlhf_jax.objectives.sampled_kl import sampled_kl as sampled_kl
-from rlhf_jax.objectives.segment_reward_model import segment_reward_model as segment_reward_model
 from rlhf_jax.objectives.signed_likelihood import signed_likelihood as signed_likelihood
 from rlhf_jax.objectives.token_npo import token_npo as token_npo
 from rlhf_jax.objectives.token_reward_model import token_reward_model as token_reward_model
