@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from loop import probabilities, trained
 from numpy.testing import assert_allclose, assert_array_equal
-from toy_chain import BOS, MODEL, REFERENCE, REWARD, START, TEXTS, reference_params, reward_of
+from toy_chain import MODEL, REFERENCE, REWARD, START, TEXTS, reference_params
 
 from rlhf_jax import exact, masked
 from rlhf_jax.config import Learner
 from rlhf_jax.objectives import dpo, ipo, kto, kto_reference, mismatched, orpo, reward_model
 from rlhf_jax.optimizer import adam
-from rlhf_jax.rollout import generate
-from rlhf_jax.types import Judged, Labeled, Pairs, Prompts, Scores
+from rlhf_jax.types import Judged, Labeled, Pairs, Scores
 
 sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))  # noqa: E731
 softplus = lambda x: np.logaddexp(0, np.asarray(x, np.float64))  # noqa: E731
@@ -297,19 +296,16 @@ def test_hyperparameters_out_of_range_are_refused():
         ipo(scored(LOGP, REFERENCE_LOGP), PAIRS, tau=0.0)
 
 
-def drawn(key, *, rows, label):
-    """Texts of the chain in pairs; `label(worth [n, 2], key) -> first [n]`."""
-    row = jnp.arange(2 * rows)
-    start = Prompts(jnp.full((2 * rows, 1), BOS, jnp.int32), jnp.ones_like(row), row, 0 * row)
-    texts = generate(reference_params(), start, key, model=REFERENCE, length=3)
-    first = label(reward_of(texts.tokens).reshape(rows, 2), jax.random.fold_in(key, 1))
-    order = first[:, None, None] ^ jnp.arange(2)[None, :, None]
-    fields = (texts.tokens, texts.mask, texts.segments)
-    return Pairs(*(jnp.take_along_axis(x.reshape(rows, 2, 4), order, axis=1) for x in fields))
-
-
-def bradley_terry(worth, key):
-    return jax.random.bernoulli(key, jax.nn.sigmoid(worth[:, 1] - worth[:, 0])).astype(jnp.int32)
+def compared(key, *, rows):
+    """Pairs of the chain's texts, labelled by Bradley and Terry."""
+    who = jax.random.categorical(jax.random.fold_in(key, 0), jnp.log(START), shape=(rows, 2))
+    worth = jnp.asarray(REWARD, jnp.float32)[who]
+    first = jax.random.bernoulli(
+        jax.random.fold_in(key, 1), jax.nn.sigmoid(worth @ jnp.array([1.0, -1.0]))
+    )
+    tokens = jnp.asarray(TEXTS, jnp.int32)[jnp.where(first[:, None], who, who[:, ::-1])]
+    mask = jnp.broadcast_to(jnp.arange(4) > 0, tokens.shape)
+    return Pairs(tokens, mask, jnp.ones_like(tokens))
 
 
 @pytest.mark.slow
@@ -320,18 +316,18 @@ def test_a_transformer_trained_by_dpo_ends_at_the_tilted_reference():
         partial(dpo, beta=beta),
         batch="pairs",
         scores=("reference",),
-        optimizer=partial(adam, learning_rate=3e-3, final=0.02, steps=1500),
+        optimizer=partial(adam, learning_rate=3e-3, final=0.02, steps=900),
     )
     params, _ = trained(
         {"policy": policy},
-        steps=1500,
+        steps=900,
         key=jax.random.key(0),
-        data={"pairs": partial(drawn, rows=512, label=bradley_terry)},
+        data={"pairs": partial(compared, rows=512)},
         frozen={"reference": reference_params()},
         frozen_models={"reference": REFERENCE},
     )
     found = probabilities(MODEL, params["policy"], TEXTS)
     optimum = exact.tilted(START, REWARD, beta=beta)
     assert exact.kl(optimum, START) > 1.0
-    assert exact.kl(found / found.sum(), optimum) < 0.02
+    assert exact.kl(found / found.sum(), optimum) < 0.03
     assert_allclose(found @ REWARD, optimum @ REWARD, atol=0.08)
