@@ -1,8 +1,8 @@
 """The key game: some questions that may cost something, and then the one answer that pays.
 
-One of K keys opens the door. In each of n slots the policy names a key, and the environment says HIT
-or MISS, or it passes. Then it commits to a key and earns 1 if it is the right one, less the price
-of every question. What a player can earn is known exactly.
+One of K keys opens the door. In each of n slots the policy names a key, and the environment says
+HIT or MISS, or it passes. Then it commits to a key and earns 1 if it is the right one, less the
+price of every question. What a player can earn is known exactly.
 """
 
 from __future__ import annotations
