@@ -46,10 +46,8 @@ def condition(
 
     Two tags, (bad, good), and one edge: conditional training (Korbak et al. 2023, §2). K tags, from
     worst to best, and K − 1 ascending edges: quantile tokens (Lu et al. 2022, §2), with edges from
-    `quantile_edges`, or `partial(batch_edges, parts=K)` in place of numbers. Their objective is
-    `partial(combine, likelihood=mle, kl=partial(distill, coefficient=0.05))` with
-    `vocab=partial(distill_vocab, beta=0.0, teacher="reference")` and `scores=("reference",)`; the
-    reference reads the batch's own tokens, so give it the model `Untagged`, which skips the tags.
+    `quantile_edges`, or `partial(batch_edges, parts=K)` in place of numbers; their objective is
+    `quark`.
 
     Rows grow by one column; the mask covers the text and, only if `learn_tag`, its tag. With
     probability `drop` a row gets no tag and one more column of padding, so that the model also

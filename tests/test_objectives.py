@@ -18,6 +18,7 @@ from rlhf_jax.aggregate import (
     over_sequences,
 )
 from rlhf_jax.objectives import (
+    above_value,
     combine,
     cringe,
     cringe_vocab,
@@ -27,20 +28,25 @@ from rlhf_jax.objectives import (
     dpo,
     energy,
     from_head,
+    gated,
     horizon_one,
     horizon_one_vocab,
     ipo,
     kto,
     mle,
+    of_experience,
     of_the_state,
     orpo,
     outcome,
     ppo,
+    quark,
+    quark_vocab,
     reference_kl,
     reference_kl_vocab,
     reinforce,
     reward_model,
     sampled_kl,
+    score_value,
     signed_likelihood,
     token_npo,
     token_reward_model,
@@ -48,6 +54,7 @@ from rlhf_jax.objectives import (
     value,
     visit_counts,
     visit_counts_vocab,
+    weighted_regression,
 )
 from rlhf_jax.ratios import k3, sequence_log_ratio
 from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
@@ -96,6 +103,24 @@ OBJECTIVES = {
     "token_reward_model": (partial(token_reward_model, threshold=0.1), {}),
     "reward_model of segments": (partial(reward_model, reduce=masked.sum, error=0.1), {}),
     "reference_kl": (partial(reference_kl, coefficient=0.1), over_vocabulary),
+    "weighted_regression": (partial(weighted_regression, beta=0.5, cap=2.0), {"batch": Labeled}),
+    "weighted_regression above the value": (
+        partial(
+            combine,
+            policy=partial(weighted_regression, beta=0.5, advantage=above_value),
+            value=partial(score_value, coefficient=0.5),
+        ),
+        {"batch": Labeled},
+    ),
+    "weighted_regression of experience": (
+        partial(weighted_regression, beta=0.5, advantage=of_experience, aggregate=over_sequences),
+        on_policy,
+    ),
+    "quark": (quark, {"batch": Labeled, "vocab": quark_vocab}),
+    "gated": (
+        partial(gated, objective=ppo, on=1, off=2, on_coefficient=0.1, off_coefficient=2.0),
+        over_vocabulary,
+    ),
     "ppo + value": (partial(combine, policy=ppo, value=partial(value, coefficient=0.1)), on_policy),
     "ppo + KL": (partial(combine, policy=ppo, kl=reference_kl), on_policy | over_vocabulary),
     **{

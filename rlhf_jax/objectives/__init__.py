@@ -9,6 +9,7 @@ from rlhf_jax.objectives.distill import distill_vocab as distill_vocab
 from rlhf_jax.objectives.dpo import dpo as dpo
 from rlhf_jax.objectives.energy import energy as energy
 from rlhf_jax.objectives.energy import energy_weights as energy_weights
+from rlhf_jax.objectives.gated import gated as gated
 from rlhf_jax.objectives.horizon_one import from_head as from_head
 from rlhf_jax.objectives.horizon_one import horizon_one as horizon_one
 from rlhf_jax.objectives.horizon_one import horizon_one_vocab as horizon_one_vocab
@@ -23,11 +24,14 @@ from rlhf_jax.objectives.outcome import of_the_state as of_the_state
 from rlhf_jax.objectives.outcome import of_the_text as of_the_text
 from rlhf_jax.objectives.outcome import outcome as outcome
 from rlhf_jax.objectives.ppo import ppo as ppo
+from rlhf_jax.objectives.quark import quark as quark
+from rlhf_jax.objectives.quark import quark_vocab as quark_vocab
 from rlhf_jax.objectives.reference_kl import reference_kl as reference_kl
 from rlhf_jax.objectives.reference_kl import reference_kl_vocab as reference_kl_vocab
 from rlhf_jax.objectives.reinforce import reinforce as reinforce
 from rlhf_jax.objectives.reward_model import reward_model as reward_model
 from rlhf_jax.objectives.sampled_kl import sampled_kl as sampled_kl
+from rlhf_jax.objectives.score_value import score_value as score_value
 from rlhf_jax.objectives.signed_likelihood import signed_likelihood as signed_likelihood
 from rlhf_jax.objectives.token_npo import token_npo as token_npo
 from rlhf_jax.objectives.token_reward_model import token_reward_model as token_reward_model
@@ -35,3 +39,8 @@ from rlhf_jax.objectives.unlikelihood import unlikelihood as unlikelihood
 from rlhf_jax.objectives.value import value as value
 from rlhf_jax.objectives.visit_counts import visit_counts as visit_counts
 from rlhf_jax.objectives.visit_counts import visit_counts_vocab as visit_counts_vocab
+from rlhf_jax.objectives.weighted_regression import above_value as above_value
+from rlhf_jax.objectives.weighted_regression import of_experience as of_experience
+from rlhf_jax.objectives.weighted_regression import of_score as of_score
+from rlhf_jax.objectives.weighted_regression import self_normalised as self_normalised
+from rlhf_jax.objectives.weighted_regression import weighted_regression as weighted_regression
