@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import toy_chain
 import toys
+from loop import prompts_of, trained
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import masked
+from rlhf_jax import exact, masked
 from rlhf_jax.advantages import (
     batch_mean,
     credit_horizon,
@@ -27,7 +28,7 @@ from rlhf_jax.aggregate import (
     over_sequences,
     over_tokens,
 )
-from rlhf_jax.config import Rollouts
+from rlhf_jax.config import Learner, Rollouts
 from rlhf_jax.objectives import (
     combine,
     mle,
@@ -38,6 +39,7 @@ from rlhf_jax.objectives import (
     reinforce,
     sampled_kl,
 )
+from rlhf_jax.optimizer import adam
 from rlhf_jax.ratios import k1, k2, k3, sequence_log_ratio, token_log_ratio
 from rlhf_jax.rewards import KL, max_entropy
 from rlhf_jax.score import score
@@ -397,3 +399,59 @@ def test_a_published_variant_is_arguments(name):
     terms = terms.values() if isinstance(terms, dict) else [terms]
     assert all(np.isfinite(value_of(t)) for t in terms)
     assert "20" in variant.source
+
+
+# ------------------------------------------------------------- trained: where a horizon of 2 ends
+
+
+HORIZON_2 = {
+    "KL inside the return": (ppo, KL(toy_chain.BETA, adaptive=False), {}, True),
+    "KL of the token alone": (
+        partial(combine, policy=ppo, kl=partial(reference_kl, coefficient=toy_chain.BETA)),
+        KL(0.0, adaptive=False),
+        {"vocab": reference_kl_vocab, "scores": ("reference",)},
+        False,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", HORIZON_2)
+def test_a_horizon_of_2_ends_where_dynamic_programming_says(placement):
+    """KL by position: (.020, .445, .323) inside the return, (0, .298, .376) of the token alone."""
+    objective, kl, fields, inside = HORIZON_2[placement]
+    steps = 600
+    learner = Learner(
+        toy_chain.MODEL,
+        objective,
+        optimizer=partial(adam, learning_rate=2e-3, final=0.02, steps=8 * steps),
+        epochs=2,
+        minibatches=4,
+        **fields,
+    )
+
+    def reward(rollout, params):
+        return masked.at_last(toy_chain.reward_of(rollout.tokens) * 1.0, rollout.mask)
+
+    params, _ = trained(
+        {"policy": learner},
+        steps=steps,
+        key=jax.random.key(0),
+        rollouts=Rollouts(
+            reward, 3, value=None, kl=kl, advantage=partial(credit_horizon, horizon=2)
+        ),
+        prompts=prompts_of(512, bos=toy_chain.BOS),
+        frozen={"reference": toy_chain.reference_params()},
+        frozen_models={"reference": toy_chain.REFERENCE},
+    )
+    found = exact.probabilities(params["policy"], toy_chain.OUTPUTS, model=toy_chain.MODEL)
+    optimum = exact.horizon_optimum(
+        toy_chain.START, toy_chain.REWARD, toy_chain.OUTPUTS,
+        beta=toy_chain.BETA, horizon=2, kl_in_return=inside,
+    )  # fmt: skip
+    known = [0.020368, 0.445386, 0.323310] if inside else [0.0, 0.297773, 0.375772]
+    by_position = exact.kl_by_position(optimum, toy_chain.START, toy_chain.OUTPUTS)[1:]
+    assert_allclose(by_position, known, atol=1e-6)
+    assert exact.kl(found, optimum) < 5e-3
+    reached = exact.kl_by_position(found, toy_chain.START, toy_chain.OUTPUTS)[1:]
+    assert_allclose(reached, known, atol=0.02)
