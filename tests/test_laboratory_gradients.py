@@ -59,14 +59,13 @@ def of_reward(outputs, reward, params, model):
     )
 
 
-@pytest.mark.parametrize("objective", [reinforce, partial(ppo, aggregate=over_sequences)])
 @pytest.mark.parametrize(
-    ("advantage", "rows", "share"),
+    ("objective", "advantage", "rows", "share"),
     [
-        (reward_to_go, 1, 1.0),
-        (reward_to_go, 2, 1.0),
-        (leave_one_out, 2, 1.0),
-        (batch_mean, 2, 1 / 2),  # (B − 1)/B
+        (reinforce, reward_to_go, 1, 1.0),
+        (reinforce, leave_one_out, 2, 1.0),
+        (reinforce, batch_mean, 2, 1 / 2),  # (B − 1)/B
+        (partial(ppo, aggregate=over_sequences), reward_to_go, 2, 1.0),
     ],
 )
 def test_baselines_and_the_truth(objective, advantage, rows, share):
@@ -136,7 +135,7 @@ def test_it_is_the_mean_of_the_trainers_own_gradients_over_every_batch():
     objective = partial(
         combine,
         policy=partial(ppo, entropy_coefficient=0.1),
-        value=partial(value_loss, clip=None),
+        value=partial(value_loss, clip=None, coefficient=0.3),
     )
     logp = exact.token_logp(params, ENDING, model=model)
     texts = exact.experience(

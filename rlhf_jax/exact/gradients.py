@@ -72,7 +72,8 @@ def expected_gradient(
             found, target = advantage(**fields, prompt_id=batch.prompt_id)
             batch = batch.replace(advantage=found, target=target, group_tokens=_group_tokens(batch))
         if prepare is not None:
-            batch = prepare(jax.lax.stop_gradient(scores), batch)
+            batch = prepare(scores, batch)
+        # What stands in the batch was made before the update: no gradient passes through it.
         return _trainer_value(objective(scores, jax.lax.stop_gradient(batch)))
 
     @jax.jit
