@@ -183,6 +183,14 @@ def test_signed_likelihood_weighs_by_the_mark_and_leaves_the_unmarked_alone():
     assert_array_equal(found.metrics["bad"][0], [0, 0, 0, 1])
 
 
+@pytest.mark.parametrize("name", ["unlikelihood", "by degree", "npo", "cringe"])
+def test_alpha_is_the_price_of_bad_tokens_only(name):
+    fn, arguments = MARKED[name]
+    batch = marked([0, 2, 1], [-1.0, 1.0, -1.0])
+    once, thrice = (terms(f, ANY, batch, **arguments).loss for f in (fn, partial(fn, alpha=3.0)))
+    assert_allclose(thrice, np.array([[1, 3, 1, 3]]) * once, rtol=1e-6)
+
+
 def test_a_token_can_be_bad_by_degree():
     by_degree = partial(unlikelihood, threshold=None, alpha=2.0)
     found = terms(by_degree, np.stack([LOGITS] * 3), marked([0, 0, 0], [-0.25, -7.0, 0.5]))
