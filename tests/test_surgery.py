@@ -29,6 +29,8 @@ MODEL = Transformer(vocab=12, width=16, layers=2, heads=4, kv_heads=2, mlp=24, t
 TOKENS = np.array([[3, 1, 4, 11, 5, 9, 2, 6, 8, 0]])
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
 LENGTH = TOKENS.shape[1]
+INSIDE = (SEGMENTS[0][:, None] == SEGMENTS[0]) & (SEGMENTS[0] > 0)
+EARLIER = INSIDE & np.tri(LENGTH, k=-1, dtype=bool)  # [t, s]: s before t, in one text
 
 
 def heads(seed=0, dtype=jnp.float32):
@@ -79,6 +81,29 @@ FREE = partial(attention.free_play, tokens=2, start=1)
 EARLY = np.array([[0, 1, 1, 0, 0, 0, 1, 1, 0, 0]], bool)[0]  # positions 1 and 2 of both texts
 
 
+@pytest.mark.parametrize("kernel", [attention.myopic, FREE])
+def test_keys_and_values_have_the_gradient_of_their_own_query_and_of_no_other_that_is_hidden(
+    kernel,
+):
+    """What output t has by key and value s, [t, s]: all of it, or exactly 0."""
+    query, key, value, mask = heads()
+
+    def slopes(attend):
+        def out(moved):
+            key_, value_ = key + moved[0], value + moved[1]
+            return jnp.abs(attend(query, key_, value_, mask)[0]).sum((1, 2))
+
+        still = jnp.zeros((2, *key.shape))
+        return np.abs(jax.jit(jax.jacrev(out))(still)[:, :, 0]).max((3, 4))  # [t, 2, s]
+
+    text = SEGMENTS[0] > 0  # a query without keys is nobody's business
+    plain, found = (slopes(x)[text].swapaxes(0, 1) for x in (attention.dot_attention, kernel))
+    live = INSIDE[text] & (np.eye(LENGTH, dtype=bool) | ((kernel is FREE) & ~EARLY[None]))[text]
+    assert_allclose(found, np.where(live[None], plain, 0.0), atol=1e-6)
+    assert_array_equal(found[:, ~live], 0.0)
+    assert (found[1][live & np.tri(LENGTH, dtype=bool)[text]] > 1e-2).all()
+
+
 @pytest.fixture(scope="module", params=["unrolled", "scanned and rematerialised"])
 def jacobians(request):
     """By kernel: logits, and |d loss_t / d hidden_s| [layers, t, s], embeddings first."""
@@ -107,10 +132,6 @@ def jacobians(request):
 
     kernels = {"plain": None, "myopic": attention.myopic, "free": FREE}
     return {name: of(kernel) for name, kernel in kernels.items()}
-
-
-INSIDE = (SEGMENTS[0][:, None] == SEGMENTS[0]) & (SEGMENTS[0] > 0)
-EARLIER = INSIDE & np.tri(LENGTH, k=-1, dtype=bool)  # [t, s]: s before t, in one text
 
 
 def test_no_position_is_taught_by_the_myopic_loss_of_a_later_one(jacobians):
