@@ -424,6 +424,7 @@ def chain_probabilities(logits):
     return table[TEXTS[:, :-1], TEXTS[:, 1:]]
 
 
+@pytest.mark.slow  # 10 s
 def test_a_transformer_trained_by_horizon_one_reaches_the_tilted_chain():
     """π_ref is a Markov chain and r(s, v) a function of two tokens, so π_ref exp(r/β)/Z is one."""
     reward = 1.0 * (np.arange(4) == 2) - 0.5 * (np.arange(5)[:, None] == np.arange(4))
