@@ -112,6 +112,17 @@ def untagged(batch: Sequences, key: jax.Array | None = None, *, tags: Sequence[i
     return batch.replace(**{name: closed_up(x) for name, x in _per_token(batch).items()})
 
 
+def called_good(batch: Labeled, key: jax.Array) -> Labeled:
+    """The score becomes a person's word: 1, good, with probability σ(score), otherwise 0.
+
+    For scores that stand for how well people like a text, before `condition` with edges=(0.5,). The
+    model then learns p σ(score)/Z behind the good tag: what RL ends at with log σ(score) for reward
+    and a KL penalty of 1 (Levine 2018, §2.4). Not the best texts only: some were called so by luck.
+    """
+    chance = jax.nn.sigmoid(batch.score.astype(jnp.float32))
+    return batch.replace(score=jax.random.bernoulli(key, chance).astype(jnp.float32))
+
+
 def chained(batch: Sequences, key: jax.Array, *, transforms: Sequence[Callable]) -> Sequences:
     """Transforms one after another, each with a key of its own.
 

@@ -18,10 +18,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit
 from toy_chain import REWARD, START, TEXTS
 
-from rlhf_jax import exact, masked
-from rlhf_jax.conditioning import batch_edges, chained, condition, tagged, untagged
-from rlhf_jax.config import Derived, Learner, Rollouts
+from rlhf_jax import exact, masked, phases, train
+from rlhf_jax.conditioning import batch_edges, called_good, chained, condition, tagged, untagged
+from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Rollouts
+from rlhf_jax.data import streams
 from rlhf_jax.filtering import above
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import (
     above_value,
@@ -37,8 +39,9 @@ from rlhf_jax.objectives import (
     self_normalised,
     weighted_regression,
 )
-from rlhf_jax.optimizer import adam
+from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL
+from rlhf_jax.rollout import Sampling
 from rlhf_jax.selection import with_score
 from rlhf_jax.types import Labeled, Scores
 
@@ -390,6 +393,74 @@ def test_the_gated_optimum_of_a_policy_that_heeds_the_switch_and_of_one_that_doe
     assert jnp.abs(jax.grad(loss)(jnp.tile(ref, (2, 1)))).max() > 1e-2
 
 
+# --- in a run
+
+RUN_MODEL = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)
+RUN_TAGS = (260, 261)
+
+
+def tagged_run():
+    """Two steps of Quark on texts of bytes, paid by length, with a reference that skips tags."""
+    halves = partial(condition, edges=partial(batch_edges, parts=2), tags=RUN_TAGS, drop=0.2)
+    policy = Learner(
+        RUN_MODEL,
+        quark,
+        batch="samples",
+        optimizer=partial(sgd, learning_rate=0.1),
+        transform=partial(chained, transforms=(partial(untagged, tags=RUN_TAGS), halves)),
+        vocab=quark_vocab,
+        scores=("reference",),
+    )
+    prompts = partial(
+        streams.prompts,
+        batch=8,
+        length=4,
+        words=(1, 1),
+        truncate=True,
+        tokenizer="bytes",
+        source=["one", "two two", "three three"],
+    )
+    return Config(
+        name="quark",
+        steps=2,
+        data={"prompts": prompts},
+        learners={"policy": policy},
+        frozen={"reference": Frozen(From("policy"), Untagged(RUN_MODEL, tags=RUN_TAGS))},
+        rollouts=Rollouts(
+            lambda rollout, params: masked.at_last(
+                rollout.mask.sum(1).astype(jnp.float32), rollout.mask
+            ),
+            length=8,
+            samples=2,
+            transform=partial(tagged, tags=RUN_TAGS, probabilities=(0.25, 0.75)),
+            value=None,
+            kl=KL(0.0, adaptive=False),
+            sampling=Sampling(stop=(2,), banned=(0, 1, *RUN_TAGS)),
+            show=0,
+        ),
+        derived={"samples": Derived(with_score)},
+    )
+
+
+@pytest.mark.slow
+def test_a_run_with_control_tokens_learns_the_same_on_any_mesh(tmp_path):
+    alone, spread = (
+        train.train(replace(tagged_run(), mesh=mesh), tmp_path / str(n), devices=jax.devices()[:n])
+        for n, mesh in ((1, (1, 1, 1)), (4, (2, 2, 1)))
+    )
+    assert int(alone.learners["policy"].step) == 2
+    fresh = RUN_MODEL.init(phases.phase_key(0, 0, "init/policy"))
+    moved = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(),
+        alone.learners["policy"].params,
+        fresh,
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    for a, b in zip(*(jax.tree.leaves(x.learners["policy"].params) for x in (alone, spread)),
+                    strict=True):  # fmt: skip
+        assert_allclose(a, b, atol=1e-5)
+
+
 # --- trained
 
 
@@ -400,26 +471,24 @@ class Tagged(toy_chain.FourTokens):
 MODEL = Tagged(vocab=7, width=32, layers=1, heads=4, kv_heads=2, mlp=64)
 
 
-def answered(key, rows=512):
-    """Samples of the chain; a person calls each good with probability σ(r), and that is its score.
+def drawn(key, rows=512):
+    """Samples of the chain and what they earn.
 
-    The texts are drawn systematically: as many of each as its probability wants, up to one.
+    They are drawn systematically: as many of each as its probability wants, up to one.
     """
-    place, said = jax.random.split(key)
     upto = jnp.cumsum(jnp.asarray(START, jnp.float32))[:-1]
-    at = (jnp.arange(rows) + jax.random.uniform(place)) / rows
-    which = jnp.searchsorted(upto, at)
-    score = jax.random.bernoulli(said, jnp.asarray(GOOD, jnp.float32)[which])
-    return labeled(jnp.asarray(TEXTS)[which], score)
+    at = (jnp.arange(rows) + jax.random.uniform(key)) / rows
+    tokens = jnp.asarray(TEXTS)[jnp.searchsorted(upto, at)]
+    return labeled(tokens, toy_chain.reward_of(tokens))
 
 
-def trained(learner, data, steps=500, **options):
+def trained(learner, text=None, *, steps=500, **options):
     optimizer = partial(adam, learning_rate=5e-3, final=0.0, steps=steps)
     params, _ = loop.trained(
         {"policy": replace(learner, optimizer=optimizer)},
         steps=steps,
         key=KEY,
-        data={} if data is None else {"text": data},
+        data={} if text is None else {"text": text},
         **options,
     )
     return params["policy"]
@@ -432,12 +501,28 @@ def said_after(params, *tags):
     return loop.probabilities(MODEL, params, tokens, given=1 + len(tags))
 
 
+def earned(rollout, params):
+    """The reward of a text behind the start and a tag, on its last token."""
+    total = toy_chain.reward_of(rollout.tokens[:, -4:].at[:, 0].set(toy_chain.BOS))
+    return masked.at_last(total, rollout.mask)
+
+
+FRESH = Rollouts(earned, length=3, reference=None, value=None, kl=KL(initial=0.0, adaptive=False))
+TAGS = (BAD_TAG, GOOD_TAG)
+ASKED = partial(tagged, tags=(GOOD_TAG,))
+
+
+@pytest.fixture(scope="module")
+def first_round():
+    """A transformer that has learned from the chain's texts and what people said of them."""
+    transform = partial(chained, transforms=(called_good, partial(speak, drop=0.1)))
+    return trained(Learner(MODEL, mle, batch="text", transform=transform), drawn)
+
+
 @pytest.mark.slow
-def test_a_transformer_learns_what_people_call_good_and_bad_and_stays_what_it_was():
+def test_a_transformer_learns_what_people_call_good_and_bad_and_stays_what_it_was(first_round):
     """Behind each tag the posterior, without one the chain, within a total variation of .03."""
-    transform = partial(speak, drop=0.1)
-    params = trained(Learner(MODEL, mle, batch="text", transform=transform), answered)
-    good, bad, plain = (said_after(params, *tags) for tags in ((GOOD_TAG,), (BAD_TAG,), ()))
+    good, bad, plain = (said_after(first_round, *tags) for tags in ((GOOD_TAG,), (BAD_TAG,), ()))
     for found, expected in (
         (good, exact.conditioned(START, GOOD)),
         (bad, exact.conditioned(START, 1 - GOOD)),
@@ -451,13 +536,36 @@ def test_a_transformer_learns_what_people_call_good_and_bad_and_stays_what_it_wa
 
 
 @pytest.mark.slow
+def test_a_second_round_from_samples_under_the_good_tag_multiplies_the_posterior(first_round):
+    """The first round's policy samples, frozen: π₀ σ(r)², E[r] = .6987 within .03."""
+    tag = partial(speak, drop=0.0)
+    transforms = (partial(untagged, tags=TAGS), called_good, tag)
+    found = said_after(
+        trained(
+            Learner(MODEL, mle, batch="samples", transform=partial(chained, transforms=transforms)),
+            start={"policy": first_round},
+            rollouts=replace(FRESH, policy="sampler", transform=ASKED),
+            prompts=loop.prompts_of(512),
+            derived={"samples": Derived(with_score)},
+            frozen={"sampler": first_round},
+            frozen_models={"sampler": MODEL},
+        ),
+        GOOD_TAG,
+    )
+    expected = exact.tilted(START, 2 * np.log(GOOD), beta=1.0)
+    print(f"E[r] {found @ REWARD:.4f}, total variation {variation(found, expected):.4f}")
+    assert_allclose(expected @ REWARD, 0.698715, atol=1e-6)
+    assert_allclose(found @ REWARD, 0.698715, atol=0.03)
+    assert variation(found, expected) <= 0.04
+
+
+@pytest.mark.slow
 def test_a_transformer_that_weighs_texts_by_their_reward_learns_the_same_posterior():
     """Reward-weighted regression with R = log σ(r) and β = 1, within a total variation of .03."""
 
     def scored(key):
-        batch = answered(key)
-        reward = toy_chain.reward_of(batch.tokens)
-        return batch.replace(score=jax.nn.log_sigmoid(reward))
+        batch = drawn(key)
+        return batch.replace(score=jax.nn.log_sigmoid(batch.score))
 
     learner = Learner(MODEL, partial(weighted_regression, beta=1.0), batch="text")
     found = said_after(trained(learner, scored))
@@ -467,47 +575,33 @@ def test_a_transformer_that_weighs_texts_by_their_reward_learns_the_same_posteri
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("coefficient", "least", "most"), [(0.05, 1.4, 2.1), (30.0, 0.14, 0.22)])
+@pytest.mark.parametrize(("coefficient", "least", "most"), [(0.05, 1.4, 2.1), (30.0, 0.12, 0.24)])
 def test_quark_explores_under_its_best_tag_and_the_kl_holds_it_where_it_was(
     coefficient, least, most
 ):
     """Fresh samples in two halves; the reference, 0.17 a text, never learned the tags it skips."""
-    tags = (BAD_TAG, GOOD_TAG)
-    tag = partial(condition, edges=partial(batch_edges, parts=2), tags=tags, drop=0.0)
+    halves = partial(condition, edges=partial(batch_edges, parts=2), tags=TAGS, drop=0.0)
+    transforms = (partial(untagged, tags=TAGS), halves)
     learner = Learner(
         MODEL,
         partial(quark, coefficient=coefficient),
         batch="samples",
-        transform=partial(chained, transforms=(partial(untagged, tags=tags), tag)),
+        transform=partial(chained, transforms=transforms),
         vocab=quark_vocab,
         scores=("reference",),
     )
-
-    def earned(rollout, params):
-        # Behind the start and the tag; both stay out of what repeats.
-        return masked.select(toy_chain.reward_of(rollout.tokens[:, 1:])[:, None],
-                             masked.is_last(rollout.mask))  # fmt: skip
-
     params = trained(
         learner,
-        None,
         steps=300,
-        rollouts=Rollouts(
-            earned,
-            length=3,
-            reference=None,
-            value=None,
-            kl=KL(initial=0.0, adaptive=False),
-            transform=partial(tagged, tags=tags[1:]),
-        ),
+        rollouts=replace(FRESH, transform=ASKED),
         prompts=loop.prompts_of(256),
         derived={"samples": Derived(with_score)},
         frozen={"reference": toy_chain.reference_params()},
-        frozen_models={"reference": Untagged(toy_chain.REFERENCE, tags=tags)},
+        frozen_models={"reference": Untagged(toy_chain.REFERENCE, tags=TAGS)},
     )
     good, bad = (said_after(params, tag) for tag in (GOOD_TAG, BAD_TAG))
-    print(f"E[r|good] {good @ REWARD:.3f}, E[r|bad] {bad @ REWARD:.3f}, "
-          f"total variation {variation(good, START):.3f}")  # fmt: skip
+    distance = variation(good, START)
+    print(f"E[r|good] {good @ REWARD:.3f}, bad {bad @ REWARD:.3f}, variation {distance:.3f}")
     assert least < good @ REWARD < most
     if coefficient > 1:
-        assert variation(good, START) <= 0.03
+        assert distance <= 0.05

@@ -16,6 +16,7 @@ from rlhf_jax.conditioning import (
     after_start,
     batch_edges,
     before_response,
+    called_good,
     chained,
     condition,
     quantile_edges,
@@ -183,6 +184,13 @@ def test_transforms_one_after_another_have_keys_of_their_own():
     )
 
 
+def test_a_person_calls_a_text_good_as_often_as_the_sigmoid_of_its_score_says():
+    many = repeated(BATCH, 3000)
+    word = np.asarray(compiled(called_good)(many).score).reshape(3, 3000)
+    assert_allclose(word.mean(1), 1 / (1 + np.exp([-0.5, 0.5, 0.0])), atol=0.03)
+    assert set(np.unique(word)) == {0.0, 1.0}
+
+
 def test_likelihood_under_the_transform_counts_the_same_tokens():
     out = tag(BATCH, KEY, drop=0.0)
     before = mle(Scores(logp=-BATCH.tokens.astype(jnp.float32)), BATCH)
@@ -230,8 +238,8 @@ def test_equal_scores_are_never_parted(scores, parts, sizes):
 
 
 def test_the_quantiles_of_a_batch_are_those_of_its_texts():
-    batch = repeated(BATCH, 2).replace(score=jnp.array([5.0, 1.0, 9.0, 4.0, 2.0, 8.0]))
-    batch = batch.replace(mask=batch.mask.at[2].set(False))  # the 9 is nobody's
+    batch = repeated(BATCH, 2).replace(score=jnp.array([5.0, 1.0, 0.0, 4.0, 2.0, 8.0]))
+    batch = batch.replace(mask=batch.mask.at[2].set(False))  # the 0 is nobody's
     edges = jax.jit(partial(batch_edges, parts=2))(batch)
     assert_allclose(edges, quantile_edges(jnp.array([5.0, 1.0, 4.0, 2.0, 8.0]), parts=2))
     out = conditioned(
@@ -275,6 +283,10 @@ def test_a_sample_draws_its_tag_by_its_name_and_by_the_shares():
     found = np.bincount(np.asarray(out.tokens[:, 1]), minlength=10) / n
     assert_allclose(found[[0, 7, 8, 9]], [0.1, 0.18, 0.0, 0.72], atol=0.03)
     assert_array_equal(out.length == 2, out.tokens[:, 1] > 0)
+    siblings = np.asarray(out.tokens[:, 1]).reshape(-1, 3)
+    assert_allclose(
+        (siblings[:, 0] == siblings[:, 1]).mean(), 0.1**2 + 0.18**2 + 0.72**2, atol=0.05
+    )
     order = np.random.default_rng(0).permutation(n)
     shuffled = some(jax.tree.map(lambda x: x[order], prompts), KEY)
     assert_array_equal(shuffled.tokens, out.tokens[order])
