@@ -1,8 +1,8 @@
 """The key game: some questions that may cost something, and then the one answer that pays.
 
-One of K keys opens the door. In each of n slots the policy names a key, and the environment says
-HIT or MISS, or it passes. Then it commits to a key and earns 1 if it is the right one, less the
-price of every question. What a player can earn is known exactly.
+One of K keys opens the door. In each of n slots the policy probes a key, and the environment says
+HIT or MISS, or it passes, and hears NOTHING. Then it commits to a key and earns 1 if it is the
+right one, less the price of every question. What players of all kinds earn is known exactly.
 """
 
 from __future__ import annotations
@@ -16,54 +16,97 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.environment import Environment
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.transformer import Output, Transformer
 from rlhf_jax.score import score
 from rlhf_jax.types import Sequences
 
 
-def words(keys):
-    """The tokens behind the keys 0 .. K − 1: PASS, HIT, MISS, BOS. The policy says the first."""
-    return range(keys, keys + 4)
+@dataclass(frozen=True)
+class Words:
+    """Tokens: PROBE 0 .. K − 1, PASS, COMMIT 0 .. K − 1, and what only the environment says."""
+
+    keys: int
+
+    @property
+    def passes(self):
+        return self.keys
+
+    @property
+    def said(self):
+        """How many words the policy has."""
+        return 2 * self.keys + 1
+
+    @property
+    def heard(self):
+        """HIT, MISS, NOTHING, BOS."""
+        return range(self.said, self.said + 4)
 
 
 def _reset(key, context, *, keys):
-    *_, bos = words(keys)
+    *_, bos = Words(keys).heard
     right = jax.random.randint(key, (), 0, keys)
     return {"right": right, "slot": jnp.int32(0)}, jnp.full((1,), bos, jnp.int32)
 
 
 def _step(state, token, context, *, keys, probes, price, answers):
-    _, hit, miss, _ = words(keys)
+    hit, miss, nothing, _ = Words(keys).heard
     commits = state["slot"] == probes
     asks = ~commits & (token < keys)
-    found = token == state["right"]
-    reward = jnp.where(commits, found, jnp.where(asks, -price, 0.0))
-    forced = jnp.where(found, hit, miss)[None]
-    count = asks & answers
-    return state | {"slot": state["slot"] + 1}, forced, count, reward, commits
+    right = token - jnp.where(commits, keys + 1, 0) == state["right"]
+    reward = jnp.where(commits, jnp.where(right, 1.0, 0.0), jnp.where(asks, -price, 0.0))
+    forced = jnp.where(asks, jnp.where(right, hit, miss), nothing)[None]
+    return state | {"slot": state["slot"] + 1}, forced, ~commits & answers, reward, commits
 
 
 def key_game(*, keys=4, probes, price, answers=True):
-    """The environment; without `answers` a question is a pause. `price` may be traced."""
+    """The environment; without `answers` the n slots are pauses: nobody says anything."""
     rules = {"keys": keys, "probes": probes, "price": price, "answers": answers}
     return Environment(partial(_reset, keys=keys), partial(_step, **rules), forced=1, prompt=1)
 
 
 @dataclass(frozen=True)
 class Player(Transformer):
-    """Reads all words, says a key or PASS; `passing` is the log-odds of PASS against one key."""
+    """Says what the rules allow: in a slot it probes or passes, then it commits.
 
-    vocab: int = 8
+    It starts with all that is allowed equally likely, but for PASS, whose log-odds against one
+    probe are `passing` more. Nothing moves the probes' logits but what is learned from probes.
+    """
+
+    vocab: int = 13
     width: int = 32
     layers: int = 1
     mlp: int = 64
+    tied: bool = False
+    probes: int = 2
+    answers: bool = True
     passing: float = 0.0
 
+    @property
+    def keys(self):
+        return (self.vocab - 5) // 2
+
+    def init(self, key):
+        made = super().init(key)
+        return made | {"head": jax.tree.map(jnp.zeros_like, made["head"])}
+
+    def apply(self, params, tokens, *, positions=None, **rest):
+        """Hidden states, and behind them whether it is time to commit."""
+        hidden, cache = super().apply(params, tokens, positions=positions, **rest)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        commits = positions >= self.probes * (2 if self.answers else 1)
+        flag = commits[..., None].astype(hidden.dtype)
+        return Output(jnp.concatenate([hidden, flag], axis=-1), cache)
+
     def logits(self, params, hidden):
-        keys = self.vocab - 4
-        start = self.passing * (jnp.arange(keys + 1) == keys)
-        said = super().logits(params, hidden)[..., : keys + 1]
-        return said + start.reshape((1,) * (said.ndim - 1) + (-1,))
+        words = Words(self.keys)
+        every = super().logits(params, hidden[..., :-1])[..., : words.said]
+        word = jnp.arange(words.said).reshape((1,) * (hidden.ndim - 1) + (-1,))
+        every += jnp.where(word == words.passes, self.passing, 0.0)
+        return jnp.where((word > words.passes) == (hidden[..., -1:] > 0), every, -1e9)
+
+    def value(self, params, hidden):
+        return super().value(params, hidden[..., :-1])
 
 
 def optimum(*, keys, probes, price):
@@ -75,30 +118,36 @@ def optimum(*, keys, probes, price):
     return max(passed, -price + 1 / keys + (keys - 1) / keys * missed)
 
 
-def outcomes(model, params, *, probes, answers=True):
-    """What a policy does, exactly: its success, and how many questions it asks, expected."""
-    keys = model.vocab - 4
-    passes, hit, miss, bos = words(keys)
-    rows, masks, won, asked = [], [], [], []
-    for right in range(keys):
-        for actions in itertools.product(range(keys + 1), repeat=probes + 1):
-            row, mask = [bos], [False]
-            for action in actions[:-1]:
-                row, mask = [*row, action], [*mask, True]
-                if answers and action != passes:
-                    row, mask = [*row, hit if action == right else miss], [*mask, False]
-            rows.append([*row, actions[-1]])
-            masks.append([*mask, True])
-            won.append(actions[-1] == right)
-            asked.append(sum(action != passes for action in actions[:-1]))
-    length = 2 * probes + 2
+def blind(*, keys, probes, passing=0.0):
+    """The most often that anyone opens the door whose questions are drawn evenly and never learn.
 
-    def padded(lists, dtype):
-        return jnp.asarray([[*x, *[0] * (length - len(x))] for x in lists], dtype)
+    Each is a PASS with probability `passing`, and else any of the keys.
+    """
+    won = 0.0
+    for asked in itertools.product(range(keys + 1), repeat=probes):  # PASS: the last
+        share = np.prod([passing if x == keys else (1 - passing) / keys for x in asked])
+        tried = len({*asked} - {keys})
+        won += share * (min(tried + 1, keys) / keys)
+    return won
 
-    batch = Sequences(
-        padded(rows, jnp.int32), padded(masks, bool), padded([[1] * len(x) for x in rows], int)
-    )
+
+def outcomes(model, params):
+    """What a policy does, exactly: how often it succeeds, and how many questions it asks."""
+    keys, probes = model.keys, model.probes
+    words = Words(keys)
+    hit, miss, nothing, bos = words.heard
+    slots = itertools.product(range(keys + 1), repeat=probes)
+    rows, won, asked = [], [], []
+    for probed, commit, right in itertools.product(slots, range(keys), range(keys)):
+        row = [bos]
+        for action in probed:
+            heard = nothing if action == words.passes else hit if action == right else miss
+            row += [action, heard] if model.answers else [action]
+        rows.append([*row, keys + 1 + commit])
+        won.append(commit == right)
+        asked.append(sum(action != words.passes for action in probed))
+    tokens = jnp.asarray(rows, jnp.int32)
+    batch = Sequences(tokens, tokens < words.said, jnp.ones_like(tokens))
     logp = jax.jit(lambda p: score({"self": p}, batch, models={"self": model}).logp)(params)
     share = np.exp(np.asarray(logp, np.float64).sum(1)) / keys
     np.testing.assert_allclose(share.sum(), 1, atol=1e-4)

@@ -138,7 +138,7 @@ def test_sizes_that_cannot_be_are_refused(change):
 
 def run_of(**changes):
     """Two steps of the key game, with the reference's weights at hand as an opponent's would be."""
-    model = free_play.Player(vocab=8, context=16)
+    model = free_play.Player(context=16)
     game = free_play.key_game(probes=2, price=0.25)
 
     def step(state, token, context):
