@@ -126,7 +126,8 @@ def _report(options) -> None:
 def _show(options) -> None:
     import jax
 
-    from rlhf_jax.config import Config, batch_plan, check
+    from rlhf_jax.check import check
+    from rlhf_jax.config import Config, batch_plan
     from rlhf_jax.experiment import describe, load, override
 
     value = override(load(options.file), options.settings)

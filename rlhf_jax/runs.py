@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.config import Config, ConfigError, Pipeline, check
+from rlhf_jax.check import check
+from rlhf_jax.config import Config, ConfigError, Pipeline
 from rlhf_jax.experiment import describe, difference, load, override
 from rlhf_jax.train import train
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import rewards, sharding
+from rlhf_jax.check import check
 from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
-from rlhf_jax.config import Config, ConfigError, check
+from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import tokenizers
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, samples_of, weights_of

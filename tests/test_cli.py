@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.config import Config, check
+from rlhf_jax.check import check
+from rlhf_jax.config import Config
 from rlhf_jax.experiment import load
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax import conditioning, objectives, returns_to_go
 from rlhf_jax.advantages import gae, whitened
+from rlhf_jax.check import check
 from rlhf_jax.config import (
     Config,
     ConfigError,
@@ -19,7 +20,6 @@ from rlhf_jax.config import (
     Pipeline,
     Rollouts,
     batch_plan,
-    check,
     every,
 )
 from rlhf_jax.environment import Environment

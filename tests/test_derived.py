@@ -14,7 +14,8 @@ from numpy.testing import assert_allclose
 
 from rlhf_jax import masked, phases
 from rlhf_jax import train as loop
-from rlhf_jax.config import Config, ConfigError, Derived, From, Frozen, Learner, Rollouts, check
+from rlhf_jax.check import check
+from rlhf_jax.config import Config, ConfigError, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import mle, reward_model

@@ -15,7 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import exact, selection
 from rlhf_jax import train as training
-from rlhf_jax.config import ConfigError, Derived, From, Frozen, Learner, Rollouts, check
+from rlhf_jax.check import check
+from rlhf_jax.config import ConfigError, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.experiment import load
 from rlhf_jax.objectives import distill, distill_vocab, mle
 from rlhf_jax.optimizer import adam

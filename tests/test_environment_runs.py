@@ -16,7 +16,8 @@ from toy_environments import JUMPS, jump_reset, jump_step, names_of
 
 from rlhf_jax import advantages, environment, objectives, phases, sharding
 from rlhf_jax import train as training
-from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts, check
+from rlhf_jax.check import check
+from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams, tokenizers
 from rlhf_jax.environment import Environment
 from rlhf_jax.inference import sample_texts

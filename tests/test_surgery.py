@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import advantages, masked, objectives, phases, rewards, sharding
-from rlhf_jax.config import Config, ConfigError, From, Learner, check
+from rlhf_jax.check import check
+from rlhf_jax.config import Config, ConfigError, From, Learner
 from rlhf_jax.experiment import describe, override
 from rlhf_jax.models import attention, weights
 from rlhf_jax.models.probe import Probe

@@ -1,0 +1,235 @@
+"""Mistakes in an experiment, found before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
+from rlhf_jax.sharding import mesh_shape
+
+
+def check(config: Config, *, devices: int) -> None:
+    """Find mistakes before anything is compiled.
+
+    Raises:
+        ConfigError: saying what was wrong and what is valid.
+    """
+    try:
+        mesh_shape(config.mesh, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except TypeError as error:
+        raise ConfigError(f"mesh={config.mesh}: three sizes, (data, fsdp, tensor)") from error
+    _check_numbers(config)
+    _check_calls(config, "")
+    for name, frozen in config.frozen.items():
+        if frozen.model is None and frozen.start.learner not in config.learners:
+            raise ConfigError(
+                f"frozen.{name}: no learner {frozen.start.learner!r} to take the model of; valid: "
+                f"{', '.join(config.learners)}, or give model="
+            )
+    known = set(config.models)
+
+    def exists(name, valid, where):
+        if name not in valid:
+            raise ConfigError(f"{where}: there is no {name!r}; valid: {', '.join(sorted(valid))}")
+
+    streams = set(config.data) | ({"experience"} if config.rollouts is not None else set())
+    for name, derived in config.derived.items():
+        if name in streams or name == "experience":
+            raise ConfigError(f"derived.{name}: there is a batch of that name already; rename it")
+        for source in derived.of:
+            exists(source, streams, f"derived.{name}.of")
+        for model in derived.models:
+            exists(model, known, f"derived.{name}.models")
+        streams.add(name)
+    for name in {*config.learners, *config.frozen} & set(RESERVED):
+        raise ConfigError(f"no learner or frozen tree may be called {name!r}: metrics are")
+    if both := set(config.learners) & set(config.frozen):
+        raise ConfigError(f"{', '.join(both)}: both a learner and frozen; rename one")
+    for name, learner in config.learners.items():
+        exists(learner.batch, streams, f"learners.{name}.batch")
+        for other in learner.scores:
+            exists(other, known, f"learners.{name}.scores")
+    for name, evaluation in config.evaluation.items():
+        exists(evaluation.learner, set(config.learners), f"evaluation.{name}.learner")
+        exists(evaluation.batch, set(config.data), f"evaluation.{name}.batch")
+    if config.rollouts is not None:
+        _check_rollouts(config, config.rollouts, exists)
+    _check_tags(config)
+    _check_batches(config, devices)
+
+
+def _check_numbers(config):
+    """Every number that has a least value, with its path."""
+    least = {"steps": (config.steps, 0), "seed": (config.seed, 0)}
+    least["max_skipped"] = (config.max_skipped, 1)
+    for name in ("every", "keep"):
+        least[f"checkpoint.{name}"] = (getattr(config.checkpoint, name), 1)
+    for learner, spec in config.learners.items():
+        for name in ("epochs", "minibatches", "microbatches", "chunk"):
+            least[f"learners.{learner}.{name}"] = (getattr(spec, name), 1)
+    for evaluation, spec in config.evaluation.items():
+        for name in ("batches", "every"):
+            least[f"evaluation.{evaluation}.{name}"] = (getattr(spec, name), 1)
+    for stream in config.data:
+        if batch_size(config, stream) is not None:
+            least[f"data.{stream}.batch"] = (batch_size(config, stream), 1)
+    if config.rollouts is not None:
+        for name in ("length", "samples", "microbatches"):
+            least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 1)
+        for name in ("normalise", "show", "show_every"):
+            least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 0)
+        sampling = config.rollouts.sampling
+        least["rollouts.sampling.top_k"] = (sampling.top_k, 0)
+        if not sampling.temperature > 0:
+            raise ConfigError(
+                f"rollouts.sampling.temperature={sampling.temperature}: must be above 0; "
+                "for greedy decoding set top_k=1"
+            )
+        if not 0 < sampling.top_p <= 1:
+            raise ConfigError(f"rollouts.sampling.top_p={sampling.top_p}: needs 0 < top_p ≤ 1")
+    for path, (value, bound) in least.items():
+        if value < bound:
+            raise ConfigError(f"{path}={value}: must be at least {bound}")
+
+
+def _check_calls(value, path):
+    """No partial may name an argument that its function does not have."""
+    if isinstance(value, partial):
+        try:
+            inspect.signature(value.func).bind_partial(*value.args, **value.keywords)
+        except TypeError as error:
+            valid = ", ".join(inspect.signature(value.func).parameters)
+            raise ConfigError(
+                f"{path}: {value.func.__name__}() {error}; its arguments are {valid}"
+            ) from error
+        children = value.keywords
+    elif isinstance(value, Mapping):
+        children = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        children = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    else:
+        children = {str(i): x for i, x in enumerate(value)} if isinstance(value, tuple) else {}
+    for name, child in children.items():
+        _check_calls(child, f"{path}.{name}" if path else name)
+
+
+def _check_rollouts(config, spec, exists):
+    exists(spec.prompts, set(config.data), "rollouts.prompts")
+    exists(spec.policy, set(config.models), "rollouts.policy")  # frozen: a teacher's samples
+    for role in ("reference", "value"):
+        if getattr(spec, role) is not None:
+            exists(getattr(spec, role), set(config.models), f"rollouts.{role}")
+    if not config.models[spec.policy].lm_head:
+        raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
+    if spec.value is not None and not config.models[spec.value].value_head:
+        raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
+    said = config.models[spec.policy].vocab
+    for name, learner in config.learners.items():
+        if learner.batch == "experience" and learner.model.vocab < said:
+            raise ConfigError(
+                f"learners.{name}: its vocabulary of {learner.model.vocab} is smaller than the "
+                f"{said} tokens of {spec.policy!r}, from whose samples it learns"
+            )
+    prompt = getattr(config.data[spec.prompts], "keywords", {}).get("length", 1)
+    context = config.models[spec.policy].context
+    if spec.environment is not None:
+        _check_environment(config, spec, exists)
+    elif prompt + spec.length > context:
+        raise ConfigError(
+            f"prompts of up to {prompt} tokens and rollouts.length={spec.length} exceed the "
+            f"model's context of {context} tokens; shorten one of them"
+        )
+    rows = rollout_rows(config)
+    if rows is not None and rows % spec.microbatches:
+        raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {rows} rows")
+
+
+def _check_environment(config, spec, exists):
+    """An environment's models exist, its rows fit, and nothing that it replaces is asked for."""
+    environment = spec.environment
+    for name in environment.context:
+        exists(name, set(config.models), "rollouts.environment.context")
+    if spec.transform is not None:
+        raise ConfigError(
+            "rollouts.transform: an environment makes the prompts, so nothing would come of it; "
+            "put control tokens into the prompt that its reset returns"
+        )
+    row, context = environment.capacity(spec.length), config.models[spec.policy].context
+    if row > context:
+        raise ConfigError(
+            f"rollouts.environment: prompts of up to {environment.prompt} tokens and "
+            f"rollouts.length={spec.length} times 1 + {environment.forced} tokens make {row}, but "
+            f"the model's context is {context}; shorten one of them"
+        )
+
+
+def control_tokens(value: Any) -> set[int]:
+    """Ids that a function puts into texts: the argument `tags` of its partials, however deep."""
+    if isinstance(value, partial):
+        own = {int(tag) for tag in value.keywords.get("tags", ())}
+        inner = [*value.args, *value.keywords.values()]
+    else:
+        own, inner = set(), value if isinstance(value, tuple | list) else ()
+    return own.union(*map(control_tokens, inner))
+
+
+def _check_tags(config):
+    """Control tokens are in the vocabulary, and the policy that has them may not say them."""
+    spec, models = config.rollouts, config.models
+    found = {
+        f"learners.{name}.transform": (control_tokens(learner.transform), models[name])
+        for name, learner in config.learners.items()
+    }
+    if spec is not None:
+        found["rollouts.transform"] = (control_tokens(spec.transform), models[spec.policy])
+        if spec.environment is not None:
+            parts = (spec.environment.reset, spec.environment.step)
+            found["rollouts.environment"] = (control_tokens(parts), models[spec.policy])
+    for where, (tags, model) in found.items():
+        if outside := sorted(tag for tag in tags if not 0 <= tag < model.vocab):
+            raise ConfigError(
+                f"{where}: the control tokens {outside} are not in the model's vocabulary, ids 0 "
+                f"to {model.vocab - 1}; use free ones, or a model with a larger vocab"
+            )
+    if spec is None:
+        return
+    banned = tuple(int(i) for i in spec.sampling.banned)
+    for where, (tags, _) in found.items():
+        said = sorted(tag for tag in tags - {*banned} if tag < models[spec.policy].vocab)
+        if said:
+            raise ConfigError(
+                f"{where}: the policy could say the control tokens {said} itself; ban them with "
+                f"rollouts.sampling=Sampling(banned={(*banned, *said)})"
+            )
+
+
+def _check_batches(config, devices):
+    """Every minibatch must split evenly over micro-batches and over the devices that share rows."""
+    sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
+    sizes |= {name: batch_size(config, name) for name in config.data}
+    data, fsdp, _ = mesh_shape(config.mesh, devices)
+    for name, learner in config.learners.items():
+        size = sizes.get(learner.batch)  # what is derived is known once it is made
+        parts = learner.minibatches * learner.microbatches * data * fsdp
+        if size is not None and size % parts:
+            up = -(-size // parts) * parts
+            raise ConfigError(
+                f"learners.{name}: {size} rows of {learner.batch!r} do not divide into "
+                f"{learner.minibatches} minibatches × {learner.microbatches} micro-batches × "
+                f"{data * fsdp} devices; use a multiple of {parts}, such as {up}"
+            )
+    for name, evaluation in config.evaluation.items():
+        size, micro = sizes[evaluation.batch], config.learners[evaluation.learner].microbatches
+        parts = micro * data * fsdp
+        if size is not None and size % parts:
+            raise ConfigError(
+                f"evaluation.{name}: {size} rows of {evaluation.batch!r} do not divide into "
+                f"{micro} micro-batches × {data * fsdp} devices; use a multiple of {parts}, "
+                f"such as {-(-size // parts) * parts}"
+            )
