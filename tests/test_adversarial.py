@@ -12,14 +12,14 @@ import toy_chain
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import adversarial, exact
+from rlhf_jax import adversarial, exact, rewards
 from rlhf_jax.advantages import batch_mean
 from rlhf_jax.aggregate import over_ends
 from rlhf_jax.config import Derived, Learner, Rollouts
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import discriminator, energy, energy_weights, reinforce
 from rlhf_jax.optimizer import adam
-from rlhf_jax.rewards import KL
+from rlhf_jax.rewards import KL, from_model, max_entropy
 from rlhf_jax.types import Contrast, Labeled, Scores, Sequences
 
 FIRST, SECOND = np.array([0.55, 0.30, 0.10, 0.05]), np.array([0.10, 0.30, 0.05, 0.55])
@@ -190,7 +190,7 @@ def test_a_reward_is_a_weighted_sum_of_what_is_made_of_the_scores():
         weights={"first": 0.25, "second": 2.0},
     )
     assert_allclose(pay(), last * (0.25 * first + 2.0 * second), atol=1e-6)
-    assert_allclose(pay(paid=adversarial.each_prefix), 0.25 * first + 2.0 * second, atol=1e-6)
+    assert_allclose(pay(paid=rewards.each_prefix), 0.25 * first + 2.0 * second, atol=1e-6)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     expected = 0.25 * sigmoid(first) + 2.0 * sigmoid(second)
     assert_allclose(pay(transform=adversarial.probability), last * expected, atol=1e-6)
@@ -203,7 +203,7 @@ def test_a_reward_is_a_weighted_sum_of_what_is_made_of_the_scores():
 def test_gains_add_up_to_the_reward_at_the_end_and_step_over_holes():
     params = {"first": judge([1.0, -2, 0, 3]), "second": judge([0.0, 1, -1, 2])}
     rollout = rollout_of([[BOS, 0, 1, 3, 2], [BOS, 2, 0, 1, 0]], [[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]])
-    gains = adversarial.from_discriminators(rollout, params, **PAY, paid=adversarial.gains)
+    gains = adversarial.from_discriminators(rollout, params, **PAY, paid=rewards.gains)
     end = adversarial.from_discriminators(rollout, params, **PAY)
     assert_allclose(gains.sum(1), end.sum(1), atol=1e-6)
     assert_allclose(gains, [[0, 0.5, 0, 2.0, -3.0], [0, 0, 0.5, 0, 0]], atol=1e-6)
@@ -269,7 +269,7 @@ def test_without_samples_or_without_data_energy_is_finite():
 
 # ------------------------------------------------------------------------------ proofs by training
 
-ROWS = 512
+ROWS = 256
 JUDGE = Transformer(
     vocab=5, width=16, layers=1, heads=2, kv_heads=1, mlp=32, lm_head=False, value_head=True
 )
@@ -288,15 +288,18 @@ def data_of(p):
     return draw
 
 
-def policy_after(data, reward, objective, steps=400, shaping=(), prepare=None):
-    """The law of a policy that learns from `reward` beside one judge for each stream of `data`."""
-    slow, fast = (
-        partial(adam, learning_rate=rate, final=0.02, steps=steps) for rate in (1e-3, 4e-3)
-    )
+def policy_after(data, reward, objective, steps=600, shaping=(), prepare=None):
+    """The law of a policy that learns from `reward` beside one judge for each stream of `data`.
+
+    Five runs of the two discriminators below ended between 2e-4 and 2.7e-3 nats from their pools.
+    """
+    often = 4  # a judge that lags behind makes the two of them circle
+    rates = {"learning_rate": 1e-3, "steps": steps}, {"learning_rate": 1e-2, "steps": steps * often}
+    slow, fast = (partial(adam, final=0.02, **rate) for rate in rates)
     learners = {"policy": Learner(POLICY, reinforce, optimizer=slow)}
     for name in data:
         learners[name] = Learner(
-            JUDGE, objective, batch=f"{name}_or_not", optimizer=fast, prepare=prepare
+            JUDGE, objective, f"{name}_or_not", optimizer=fast, epochs=often, prepare=prepare
         )
     params, _ = loop.trained(
         learners,
@@ -332,3 +335,15 @@ def test_one_discriminator_of_pooled_data_leads_to_what_either_says():
     found = policy_after({"pooled": EITHER}, reward, discriminator)
     assert exact.kl(found, EITHER) <= 0.005
     assert exact.kl(found, BOTH) > 0.02
+
+
+@pytest.mark.slow
+def test_a_policy_that_follows_the_reward_of_an_energy_model_with_its_entropy_says_the_data():
+    found = policy_after(
+        {"data": FIRST},
+        partial(from_model, model=JUDGE, learner="data"),
+        energy,
+        shaping=(partial(max_entropy, temperature=1.0),),
+        prepare=energy_weights,
+    )
+    assert exact.kl(found, FIRST) <= 0.005
