@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from rlhf_jax import masked
+from rlhf_jax.rewards import at_end
 from rlhf_jax.selection import alike
 from rlhf_jax.types import Contrast, Params, Rollout, Sequences
 
@@ -63,33 +64,6 @@ def probability(s: Float[Array, "b t"]) -> Float[Array, "b t"]:
     return jax.nn.sigmoid(s)
 
 
-def at_end(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
-    """The last masked token is paid the score of the whole text."""
-    return masked.select(score, masked.is_last(mask))
-
-
-def each_prefix(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
-    """Every token is paid the score of the text up to it (ScratchGAN: d'Autume et al. 2019).
-
-    Dense, and another problem than `at_end`: early tokens are judged in every prefix after them.
-    """
-    return masked.select(score, mask)
-
-
-def gains(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
-    """Every token is paid what it added to the score: dense, and the sum is that of `at_end`.
-
-    The score is a potential (Ng et al. 1999), 0 before the first masked token; with logits of a
-    perfect discriminator of prefixes a token earns log p(token|prefix) − log q(token|prefix).
-    """
-    score = masked.select(score, mask)
-    place = jnp.where(mask, jnp.arange(mask.shape[1])[None], -1)
-    latest = jax.lax.cummax(place, axis=1)
-    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
-    earlier = jnp.take_along_axis(score, jnp.maximum(before, 0), axis=1)
-    return masked.select(score - jnp.where(before < 0, 0.0, earlier), mask)
-
-
 def from_discriminators(
     rollout: Rollout,
     params: Mapping[str, Params],
@@ -102,7 +76,8 @@ def from_discriminators(
     """Σ wᵢ f(Dᵢ) over the learners named in `weights`, f `logit`, `log_probability`, `probability`.
 
     A reward, with the arguments bound by `partial`. `model` is that of all discriminators, or a
-    mapping by their names; `paid` says which tokens get it: `at_end`, `each_prefix` or `gains`.
+    mapping by their names; `paid` says which tokens get it: `rewards.at_end`, `each_prefix` or
+    `gains`.
     """
     if not weights:
         raise ValueError("from_discriminators needs weights={name of a discriminator: number}")

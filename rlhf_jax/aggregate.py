@@ -33,7 +33,7 @@ def over_sequence_means(batch: Sequences) -> Pair:
 
 
 def over_prompts(batch: Experience) -> Pair:
-    """Mean over prompts of the mean over all tokens of their samples (Khatri et al. 2025, §3.2).
+    """Mean over prompts of the mean over all tokens of their samples (Khatri et al. 2025).
 
     Reads `group_tokens`, counted by `collect` over the whole rollout, so that minibatches which
     part the samples of a prompt still give them its weight.

@@ -11,25 +11,58 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rlhf_jax import hostpool, masked
 from rlhf_jax.hostpool import RewardError
-from rlhf_jax.ratios import k1 as k1
-from rlhf_jax.ratios import k2 as k2
-from rlhf_jax.ratios import k3 as k3
+from rlhf_jax.ratios import k1
 from rlhf_jax.types import Params, Rollout, Sequences
 
 
+def at_end(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """The last masked token is paid the score of the whole text."""
+    return masked.select(score, masked.is_last(mask))
+
+
+def each_prefix(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """Every token is paid the score of the text up to it (ScratchGAN: d'Autume et al. 2019).
+
+    Dense, and another problem than `at_end`: early tokens are judged in every prefix after them.
+    """
+    return masked.select(score, mask)
+
+
+def gains(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """Every token is paid what it added to the score: dense, and the sum is that of `at_end`.
+
+    The score is a potential (Ng et al. 1999), 0 before the first masked token; with logits of a
+    perfect discriminator of prefixes a token earns log p(token|prefix) − log q(token|prefix).
+    """
+    score = masked.select(score, mask)
+    place = jnp.where(mask, jnp.arange(mask.shape[1])[None], -1)
+    latest = jax.lax.cummax(place, axis=1)
+    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
+    earlier = jnp.take_along_axis(score, jnp.maximum(before, 0), axis=1)
+    return masked.select(score - jnp.where(before < 0, 0.0, earlier), mask)
+
+
 def from_model(
-    rollout: Rollout, params: Mapping[str, Params], *, model: Any, learner: str = "reward"
+    rollout: Rollout,
+    params: Mapping[str, Params],
+    *,
+    model: Any,
+    learner: str = "reward",
+    paid: Callable = at_end,
 ) -> Float[Array, "b t"]:
-    """What the reward model named `learner` says after reading a row's last masked token."""
+    """What the reward model named `learner` says after reading a row's last masked token.
+
+    `paid=each_prefix` pays every token what the model says after it: a reward model of tokens.
+    """
     hidden = model.apply(params[learner], rollout.tokens, segments=rollout.segments).hidden
-    said = model.value(params[learner], hidden)
-    return masked.select(said, masked.is_last(rollout.mask))
+    return paid(model.value(params[learner], hidden), rollout.mask)
 
 
 def opinions(

@@ -15,20 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import rewards, sharding
+from rlhf_jax import feed, rewards, sharding
 from rlhf_jax.check import check
 from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
 from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import tokenizers
+from rlhf_jax.feed import RunError
 from rlhf_jax.metrics import Meter
-from rlhf_jax.phases import Phases, build, phase_key, samples_of, weights_of
+from rlhf_jax.phases import Phases, build, phase_key, weights_of
 from rlhf_jax.start import abstract_frozen, abstract_state, begin
 from rlhf_jax.step import check_rows
-from rlhf_jax.types import Pairs, Params, Prompts, Rollout, TrainState
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why, where things were kept and what to do."""
+from rlhf_jax.types import Params, Prompts, Rollout, TrainState
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def train(
             phases = build(config, mesh)
         except ValueError as error:  # a weight that does not divide, or has no sharding rule
             raise ConfigError(str(error)) from error
-        streams = open_streams(config)
+        streams = feed.opened_all(config)
         latest = checkpoints.latest() if resume else None
         if latest is None:
             if resume:
@@ -125,7 +122,7 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
             params = weights_of(made.models, state.replace(learners=learners), run.frozen)
             batches[name] = derive(run, name, sources, params, step)
         elif name not in batches:
-            batches[name] = next_batch(run, name)
+            batches[name] = next_batch(run, name, run.streams[name])
         return batches[name]
 
     if config.rollouts is not None:
@@ -147,6 +144,11 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
     metrics |= evaluate(run, state, step)
     run.meter.write(step, metrics)
     return state
+
+
+def next_batch(run: Run, name: str, stream: Iterator):
+    """The next batch of a stream, looked at and placed on the mesh."""
+    return run.phases.place(feed.looked_at(run.config, name, next(stream)))
 
 
 def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], step: int):
@@ -234,10 +236,10 @@ def evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
             continue
         learner = run.config.learners[spec.learner]
         others = weights_of(learner.scores, state, run.frozen)
-        stream = iter(_open(run.config, spec.batch))  # afresh: the same batches every time
+        stream = feed.opened(run.config, spec.batch)  # afresh: the same batches every time
         found = []
         for _ in range(spec.batches):
-            batch = run.phases.place(next(stream))
+            batch = next_batch(run, spec.batch, stream)
             params = state.learners[spec.learner].params
             found.append(jax.device_get(run.phases.evaluate[spec.learner](params, others, batch)))
         metrics |= {
@@ -252,10 +254,10 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
     if spec is None or not spec.normalise:
         return state
     params = weights_of(tuple(run.config.models), state, run.frozen)
-    stream = iter(_open(run.config, spec.prompts, seed=run.config.seed + 1))
+    stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 1)
     scores: list[float] = []
     while len(scores) < spec.normalise:
-        prompts = _prompts(run, next(stream))
+        prompts = next_batch(run, spec.prompts, stream)
         key = phase_key(run.config.seed, len(scores), "measure")
         rollout = sampled(run, params, prompts, key)
         reward = checked_reward(run, rollout, params)
@@ -279,7 +281,8 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     if spec is None or not spec.show:
         return
     params = weights_of(tuple(run.config.models), state, run.frozen)
-    prompts = _prompts(run, next(iter(_open(run.config, spec.prompts, seed=run.config.seed + 2))))
+    stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 2)
+    prompts = next_batch(run, spec.prompts, stream)
     key = phase_key(run.config.seed, 0, "show")
     rollout = sampled(run, params, prompts, key)
     reward = np.asarray(checked_reward(run, rollout, params)).sum(-1)
@@ -296,67 +299,3 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
             }
         )
     run.meter.samples(step, rows)
-
-
-# ------------------------------------------------------------------------------------------- data
-
-
-def _open(config: Config, name: str, seed: int | None = None):
-    shard = (jax.process_index(), jax.process_count())
-    return config.data[name](seed=config.seed if seed is None else seed, shard=shard)
-
-
-def open_streams(config: Config) -> dict[str, Iterator]:
-    """An iterator for every stream that a learner or the rollouts read."""
-    used = {learner.batch for learner in config.learners.values()}
-    for name, derived in reversed(
-        list(config.derived.items())
-    ):  # later ones may be made of earlier ones
-        used |= set(derived.of) if name in used else set()
-    used -= {"experience", *config.derived}
-    if config.rollouts is not None:
-        used.add(config.rollouts.prompts)
-    return {name: iter(_open(config, name)) for name in sorted(used)}
-
-
-def next_batch(run: Run, name: str):
-    """The next batch of a stream, looked at and placed on the mesh."""
-    batch = next(run.streams[name])
-    if isinstance(batch, Prompts):
-        return _prompts(run, batch)
-    mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
-    if mask[..., 0].any():
-        raise RunError(
-            f"data {name!r}: the mask is true at index 0, where nothing predicts the token; start "
-            "texts with BOS and leave it out of the mask"
-        )
-    _check_vocabulary(run, name, tokens, run.config.learners)
-    if isinstance(batch, Pairs) and tokens.ndim != 3:
-        raise RunError(f"data {name!r}: pairs are [n, k, t], got {tokens.shape}")
-    return run.phases.place(batch)
-
-
-def _prompts(run: Run, prompts: Prompts) -> Prompts:
-    """Prompts of this process, each as often as it is sampled, on the mesh."""
-    spec = run.config.rollouts
-    model = run.config.models[spec.policy]
-    longest = prompts.tokens.shape[1] + spec.length
-    if spec.environment is None and longest > model.context:
-        raise RunError(
-            f"prompts of up to {prompts.tokens.shape[1]} tokens and responses of up to "
-            f"{spec.length} make {longest}, but the model's context is {model.context}; shorten "
-            "one of them, or use a model with a longer context"
-        )
-    _check_vocabulary(run, spec.prompts, prompts.tokens, {spec.policy: None})
-    return run.phases.place(samples_of(prompts, spec.samples))
-
-
-def _check_vocabulary(run: Run, name: str, tokens, learners) -> None:
-    largest = int(np.max(tokens))
-    for learner in learners:
-        vocab = run.config.models[learner].vocab
-        if largest >= vocab:
-            raise RunError(
-                f"data {name!r} holds token {largest}, but the model of {learner!r} has a "
-                f"vocabulary of {vocab}; the tokenizer {run.config.tokenizer!r} does not fit it"
-            )

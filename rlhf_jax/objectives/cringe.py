@@ -20,7 +20,7 @@ def cringe_vocab(
     of its loss and, since no gradient flows through w, of its gradient; nothing is random.
 
     Args:
-        top_k: how many other tokens a bad one is held against; the paper's 5.
+        top_k: how many other tokens a bad one is held against.
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: a bad token needs at least 1 other to lose against")
@@ -47,7 +47,7 @@ def cringe(scores: Scores, batch: Labeled, *, threshold: float, alpha: float = 1
 
     Args:
         threshold: a token whose own score is below it is bad.
-        alpha: weight of the bad tokens; the paper's tuned per task, 1 and below.
+        alpha: weight of the bad tokens.
     Use: marks on tokens, when what takes the place of a bad token should be what the policy likes.
     Memory: a top-k over each chunk of the vocabulary.
 

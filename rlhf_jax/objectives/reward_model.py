@@ -30,8 +30,8 @@ def reward_model(
         reduce: `masked.last`, or `masked.sum` for a reward of tokens.
         error: e, the share of answers given at random: −log[(1 − e) softmax(s)₀ + e/k], at most
             log(k/e). Christiano et al. have 0.1 (§2.2.3). 0: off.
-        centre: weight of (Σ s)², since comparisons leave the origin free; 0.01 in Eisenstein et al.
-            2023. 0: off.
+        centre: weight of (Σ s)², since comparisons leave the origin free; Eisenstein et al. 2023;
+            0.01 is usual. 0: off.
     Use: comparisons of whole texts, to train the reward of PPO.
     Memory: a model without lm_head computes no logits.
 
