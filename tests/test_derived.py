@@ -56,6 +56,8 @@ def winners(pairs, texts, *, params, key):
     return Sequences(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROWS = ["one", "two two", "three three"]
 CONFIG = Config(
     name="derived",
