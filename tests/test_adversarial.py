@@ -203,10 +203,10 @@ def test_a_reward_is_a_weighted_sum_of_what_is_made_of_the_scores():
 def test_gains_add_up_to_the_reward_at_the_end_and_step_over_holes():
     params = {"first": judge([1.0, -2, 0, 3]), "second": judge([0.0, 1, -1, 2])}
     rollout = rollout_of([[BOS, 0, 1, 3, 2], [BOS, 2, 0, 1, 0]], [[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]])
-    gains = adversarial.from_discriminators(rollout, params, **PAY, paid=rewards.gains)
+    gained = adversarial.from_discriminators(rollout, params, **PAY, paid=rewards.gains)
     end = adversarial.from_discriminators(rollout, params, **PAY)
-    assert_allclose(gains.sum(1), end.sum(1), atol=1e-6)
-    assert_allclose(gains, [[0, 0.5, 0, 2.0, -3.0], [0, 0, 0.5, 0, 0]], atol=1e-6)
+    assert_allclose(gained.sum(1), end.sum(1), atol=1e-6)
+    assert_allclose(gained, [[0, 0.5, 0, 2.0, -3.0], [0, 0, 0.5, 0, 0]], atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- energy of a text
@@ -291,7 +291,7 @@ def data_of(p):
 def policy_after(data, reward, objective, steps=600, shaping=(), prepare=None):
     """The law of a policy that learns from `reward` beside one judge for each stream of `data`.
 
-    Five runs of the two discriminators below ended between 2e-4 and 2.7e-3 nats from their pools.
+    Five runs of the first two tests below ended between 2e-4 and 2.7e-3 nats from their pools.
     """
     often = 4  # a judge that lags behind makes the two of them circle
     rates = {"learning_rate": 1e-3, "steps": steps}, {"learning_rate": 1e-2, "steps": steps * often}
