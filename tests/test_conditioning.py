@@ -372,6 +372,12 @@ def test_before_every_masked_token_stands_what_is_still_to_be_earned():
     assert_array_equal(out.segments[1], [1, 1, 1, 1, 1, 0, 0])
 
 
+def test_what_was_not_chosen_earns_nothing():
+    hole = jax.tree.map(lambda x: x[:1], BATCH)
+    hole = hole.replace(mask=hole.mask.at[0, 2].set(False))  # its 2 is not the policy's
+    assert_array_equal(go(hole).tokens, [[1, MIDDLE, 11, 12, LOW, 2, 0]])
+
+
 def test_every_second_token_or_the_first_only():
     out = go(BATCH, KEY, every=2)
     assert_array_equal(out.tokens[0], [1, HIGH, 11, 12, LOW, 2])
