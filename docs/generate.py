@@ -23,6 +23,7 @@ from rlhf_jax import (
     filtering,
     labelling,
     objectives,
+    pool,
     ratios,
     returns_to_go,
     rewards,
@@ -55,6 +56,7 @@ BESIDE: dict[str, tuple[object, str]] = {
     "Returns to go": (returns_to_go, "`Learner(transform=…)`, `Rollouts(environment=…)`"),
     "Filters": (filtering, "`Learner(transform=…)`"),
     "Selection": (selection, "`Learner(transform=…)`, `Derived(…)`"),
+    "Pools": (pool, "`Derived(…, pool=…)`"),
     "Labelling": (labelling, "`Derived(…)`"),
     "Acquisition": (acquisition, "which comparison, or which premise, to ask about"),
 }

@@ -46,6 +46,9 @@ def check(config: Config, *, devices: int) -> None:
             exists(source, streams, f"derived.{name}.of")
         for model in derived.models:
             exists(model, known, f"derived.{name}.models")
+        for bound in ("rows", "size") if derived.pool is not None else ():
+            if getattr(derived.pool, bound) < 1:
+                raise ConfigError(f"derived.{name}.pool.{bound}: must be at least 1")
         streams.add(name)
     for name in {*config.learners, *config.frozen} & set(RESERVED):
         raise ConfigError(f"no learner or frozen tree may be called {name!r}: metrics are")
@@ -213,6 +216,7 @@ def _check_batches(config, devices):
     """Every minibatch must split evenly over micro-batches and over the devices that share rows."""
     sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
     sizes |= {name: batch_size(config, name) for name in config.data}
+    sizes |= {name: one.pool.rows for name, one in config.derived.items() if one.pool is not None}
     data, fsdp, _ = mesh_shape(config.mesh, devices)
     for name, learner in config.learners.items():
         size = sizes.get(learner.batch)  # what is derived is known once it is made

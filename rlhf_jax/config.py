@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_jax.advantages import gae, whitened
 from rlhf_jax.environment import Environment
 from rlhf_jax.optimizer import adam
+from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
 
@@ -109,6 +110,7 @@ class Derived:
     make: Callable
     of: tuple[str, ...] = ("experience",)  # streams, "experience", or batches derived before
     models: tuple[str, ...] = ()  # whose weights `params` holds, by name
+    pool: Pool | None = None  # learn from all that was ever made, not from this step's alone
 
 
 @dataclass(frozen=True)

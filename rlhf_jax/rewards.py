@@ -42,11 +42,10 @@ def gains(score: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, 
     perfect discriminator of prefixes a token earns log p(token|prefix) − log q(token|prefix).
     """
     score = masked.select(score, mask)
-    place = jnp.where(mask, jnp.arange(mask.shape[1])[None], -1)
-    latest = jax.lax.cummax(place, axis=1)
-    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
-    earlier = jnp.take_along_axis(score, jnp.maximum(before, 0), axis=1)
-    return masked.select(score - jnp.where(before < 0, 0.0, earlier), mask)
+    # The masked token before each one; index 0 for none, which is never masked: its score is 0.
+    latest = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
+    before = jnp.concatenate([jnp.zeros_like(latest[:, :1]), latest[:, :-1]], axis=1)
+    return masked.select(score - jnp.take_along_axis(score, before, axis=1), mask)
 
 
 def from_model(

@@ -23,6 +23,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.feed import RunError
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, weights_of
+from rlhf_jax.pool import Kept
 from rlhf_jax.start import abstract_frozen, abstract_state, begin
 from rlhf_jax.step import check_rows
 from rlhf_jax.types import Params, Prompts, Rollout, TrainState
@@ -36,6 +37,7 @@ class Run:
     phases: Phases
     frozen: Mapping[str, Params]
     streams: Mapping[str, Iterator]
+    pools: Mapping[str, Kept]
     tokenizer: Any
     meter: Meter
     out: Path
@@ -86,7 +88,12 @@ def train(
             print(f"already at step {start} of {config.steps}: nothing to do", flush=True)
         tokenizer = tokenizers.load(config.tokenizer)
         with Meter(out, name=stage or config.name, start=start, total=config.steps) as meter:
-            run = Run(config, phases, frozen, streams, tokenizer, meter, out)
+            pools = {
+                name: Kept(out / "pools" / name, derived.pool, start)
+                for name, derived in config.derived.items()
+                if derived.pool is not None
+            }
+            run = Run(config, phases, frozen, streams, pools, tokenizer, meter, out)
             if latest is None:
                 state = measure_reward(run, state)
                 show_samples(run, state, 0)
@@ -156,6 +163,8 @@ def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], ste
     key = phase_key(run.config.seed, step, f"derive/{name}")
     with run.meter.phase(f"derive/{name}"):
         batch = run.phases.derive[name](*sources, params=params, key=key)
+        if name in run.pools:
+            batch = run.pools[name].add_and_draw(step, batch, key)
         batch = jax.device_put(batch, sharding.rows(run.phases.mesh))
         jax.block_until_ready(batch)
     for who, learner in run.config.learners.items():

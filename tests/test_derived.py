@@ -1,5 +1,6 @@
 """Batches made from other batches of the step, statistics over a whole batch, tagged prompts."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from rlhf_jax.data import streams
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import mle, reward_model
 from rlhf_jax.optimizer import sgd
+from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.score import score
@@ -103,10 +105,15 @@ def run(config, out, **options):
 
 
 def test_learners_learn_from_what_is_made_of_rollouts_and_streams_and_resume(tmp_path):
-    whole = run(CONFIG, tmp_path / "whole")
+    """The policy learns from a pool of all that was made, so a resume needs the pool as it was."""
+    pooled = Derived(winners, of=("comparisons", "text"), pool=Pool(rows=24))
+    config = replace(CONFIG, derived=CONFIG.derived | {"winners": pooled})
+    whole = run(config, tmp_path / "whole")
     assert {n: int(s.step) for n, s in whole.learners.items()} == {"policy": 2, "reward": 2}
-    run(replace(CONFIG, steps=1), tmp_path / "parts")
-    resumed = run(CONFIG, tmp_path / "parts", resume=True)
+    run(replace(config, steps=1), tmp_path / "parts")
+    pool = tmp_path / "parts" / "pools" / "winners"
+    shutil.copy(pool / "0.npz", pool / "1.npz")  # of a step that no checkpoint knows
+    resumed = run(config, tmp_path / "parts", resume=True)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -123,6 +130,7 @@ def test_a_derived_batch_that_does_not_divide_says_who_made_it(tmp_path):
         ({"text": Derived(winners)}, r"derived\.text: there is a batch of that name"),
         ({"a": Derived(winners, of=("b",)), "b": Derived(winners)}, r"derived\.a\.of: .* 'b'"),
         ({"a": Derived(winners, models=("judge",))}, r"derived\.a\.models: there is no 'judge'"),
+        ({"a": Derived(longer_first, pool=Pool(rows=0))}, r"derived\.a\.pool\.rows: must be at"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(derived, message):

@@ -31,6 +31,7 @@ def quark(scores: Scores, batch: Sequences, *, coefficient: float = 0.05) -> dic
     the whole vocabulary. Models are scored on the batch's own tokens, the tag among them: give the
     reference `models.untagged.Untagged`, which skips it, as the paper does. A reference that reads
     a tag which it never learned says something else than before, and the KL pulls towards that.
+    The paper's pool of all samples, quantised anew each time, is `Derived(pool=…)`.
 
     Args:
         coefficient: β, nats per nat; 0.05 in the authors' code.
@@ -39,11 +40,12 @@ def quark(scores: Scores, batch: Sequences, *, coefficient: float = 0.05) -> dic
     Memory: the reference's forward pass, and its logits in each chunk.
 
     Example:
-        tags = (3, 4, 5, 6)  # from worst to best
-        tag = partial(condition, tags=tags, edges=partial(batch_edges, parts=4))
+        tags = (3, 4, 5, 6)  # from worst to best, of four parts
+        tag = partial(condition, tags=tags, edges=(0.5, 1.5, 2.5))
         fresh = partial(chained, transforms=(partial(untagged, tags=tags), tag))
         named = {"vocab": quark_vocab, "scores": ("reference",)}
-        Learner(model, quark, batch="samples", transform=fresh, **named)
-        Derived(with_score)  # the batch "samples"; Rollouts(transform=partial(tagged, tags=(6,)))
+        Learner(model, quark, batch="pool", transform=fresh, **named)
+        # with Rollouts(transform=partial(tagged, tags=(6,))), and as the derived batch "pool":
+        Derived(with_score, pool=Pool(rows=256, draw=partial(by_quantile, parts=4)))
     """
     return combine(scores, batch, likelihood=mle, kl=partial(distill, coefficient=coefficient))
