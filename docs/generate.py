@@ -20,8 +20,10 @@ from rlhf_jax import (
     adversarial,
     aggregate,
     conditioning,
-    filtering,
+    environment,
+    exact,
     labelling,
+    masked,
     objectives,
     pool,
     ratios,
@@ -29,6 +31,7 @@ from rlhf_jax import (
     rewards,
     selection,
 )
+from rlhf_jax.models import attention, probe, untagged
 from rlhf_jax.objectives import presets
 
 TARGET = Path(__file__).parent / "objectives.md"
@@ -54,12 +57,23 @@ BESIDE: dict[str, tuple[object, str]] = {
     "Adversarial rewards and batches": (adversarial, "`Rollouts(reward=…)`, `Derived(…)`"),
     "Conditioning": (conditioning, "`Learner(transform=…)`, `Rollouts(transform=…)`"),
     "Returns to go": (returns_to_go, "`Learner(transform=…)`, `Rollouts(environment=…)`"),
-    "Filters": (filtering, "`Learner(transform=…)`"),
+    "Environments": (
+        environment,
+        "`Rollouts(environment=…)`; [an example](environments.md)",
+    ),
+    "Attention": (attention, "`Transformer(attention=…)`: where gradients stop"),
+    "Probes": (probe, "a learner's model: a read-out that moves nothing"),
+    "Models that skip control tokens": (untagged, "`Frozen(model=…)`"),
+    "Laboratory": (exact, "exact answers for small policies"),
     "Selection": (selection, "`Learner(transform=…)`, `Derived(…)`"),
     "Pools": (pool, "`Derived(…, pool=…)`"),
     "Labelling": (labelling, "`Derived(…)`"),
     "Acquisition": (acquisition, "which comparison, or which premise, to ask about"),
 }
+
+# Functions that other modules share, and nobody needs for an experiment.
+INTERNAL = {"edges_of", "bin_of", "inserted", "boundaries", "alike", "check", "begin", "answer"}
+INTERNAL |= {"World", "Answer", "Kept", "distribution"}
 
 HEAD = """\
 <!-- Written by `python docs/generate.py` from the docstrings: change those. -->
@@ -74,8 +88,26 @@ Learner(model, partial(ppo, clip=0.2), epochs=4, minibatches=4)
 ```
 
 Losses are per token, per text or per pair; the trainer weighs, sums and divides. How to add your
-own: [tutorial.md](tutorial.md). Check it with `rlhf_jax.testing.check_objective`, and against exact
-answers with `rlhf_jax.exact`.
+own: [tutorial.md](tutorial.md); what an environment is: [environments.md](environments.md). Check
+yours with `rlhf_jax.testing.check_objective`, and against exact answers with `rlhf_jax.exact`.
+
+The examples take this for granted:
+
+```python
+from functools import partial
+
+from rlhf_jax.advantages import *
+from rlhf_jax.aggregate import *  # over_tokens, over_sequences, …
+from rlhf_jax.conditioning import *
+from rlhf_jax.config import Derived, Learner, Pool, Rollouts
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.objectives import *
+from rlhf_jax.pool import by_quantile
+from rlhf_jax.ratios import k1, k2, k3
+from rlhf_jax.selection import *
+
+model = Transformer(vocab=264)  # with value_head=True, and lm_head=False, for critics and rewards
+```
 
 **Memory.** Every objective sees log-probabilities, values and rewards `[b, t]`; logits exist for
 `Learner.chunk` tokens at a time and are recomputed in the backward pass. What one costs beyond that
@@ -170,10 +202,13 @@ def _arguments(fn: Callable, told: str) -> list[str]:
 
 
 def _table(module: object) -> str:
+    """Public functions of a module, or of a package."""
     lines = ["| function | what it is |", "|---|---|"]
     for name, fn in vars(module).items():
-        own = getattr(fn, "__module__", None) == module.__name__
-        if own and not name.startswith("_") and (inspect.isfunction(fn) or inspect.isclass(fn)):
+        home = getattr(fn, "__module__", "") or ""
+        own = home == module.__name__ or home.startswith(f"{module.__name__}.")
+        public = not name.startswith("_") and name not in INTERNAL
+        if own and public and (inspect.isfunction(fn) or inspect.isclass(fn)):
             lines.append(f"| `{name}` | {_first(fn)} |")
     return "\n".join(lines) + "\n"
 
@@ -197,7 +232,10 @@ def _default(one: inspect.Parameter) -> str:
 
 
 def _plain(value: object) -> str:
-    return getattr(value, "__name__", None) or repr(value)
+    name = getattr(value, "__name__", None)
+    if getattr(value, "__module__", "") == masked.__name__:
+        return f"masked.{name}"  # sum is not Python's
+    return name or repr(value)
 
 
 def _first(fn: object) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax import masked
-from rlhf_jax.rewards import at_end
+from rlhf_jax.rewards import at_end, from_model
 from rlhf_jax.selection import alike
 from rlhf_jax.types import Contrast, Params, Rollout, Sequences
 
@@ -40,8 +40,6 @@ def real_and_generated(
         score=zero.at[:real].set(1.0),
         token_score=jnp.zeros(together["tokens"].shape, jnp.float32),
         log_q=zero.at[real:].set(log_q),
-        importance=zero,
-        log_z=zero,
     )
 
 
@@ -84,7 +82,7 @@ def from_discriminators(
     total = jnp.zeros(rollout.tokens.shape, jnp.float32)
     for name, weight in weights.items():
         one = model[name] if isinstance(model, Mapping) else model
-        hidden = one.apply(params[name], rollout.tokens, segments=rollout.segments).hidden
-        said = masked.select(one.value(params[name], hidden), rollout.mask)
-        total += weight * paid(transform(said), rollout.mask)
+        total += weight * from_model(
+            rollout, params, model=one, learner=name, paid=lambda s, mask: paid(transform(s), mask)
+        )
     return total

@@ -17,7 +17,7 @@ Pair = tuple[Float[Array, "*n t"], Float[Array, "*n t"]]
 
 
 def over_tokens(batch: Sequences) -> Pair:
-    """Σ over all tokens / number of tokens: long texts weigh more (PPO; DAPO, Yu et al. 2025)."""
+    """Σ over all tokens / number of tokens: long texts weigh more (PPO)."""
     weight = batch.mask.astype(jnp.float32)
     return weight, weight
 
@@ -33,10 +33,11 @@ def over_sequence_means(batch: Sequences) -> Pair:
 
 
 def over_prompts(batch: Experience) -> Pair:
-    """Mean over prompts of the mean over all tokens of their samples (Khatri et al. 2025).
+    """Mean over prompts of the mean over all tokens of their samples (DAPO: Yu et al. 2025, eq. 8).
 
     Reads `group_tokens`, counted by `collect` over the whole rollout, so that minibatches which
-    part the samples of a prompt still give them its weight.
+    part the samples of a prompt still give them its weight. A transform that clears masks
+    (`selection`) does not count anew.
     """
     tokens = jnp.maximum(batch.group_tokens.astype(jnp.float32), 1.0)
     weight = jnp.where(batch.mask, 1.0 / tokens[:, None], 0.0)
@@ -45,6 +46,8 @@ def over_prompts(batch: Experience) -> Pair:
 
 def over_length(batch: Sequences, *, length: int) -> Pair:
     """Mean over texts of Σ tokens / `length`, one constant for all (Dr. GRPO: Liu et al. 2025)."""
+    if length < 1:
+        raise ValueError(f"length={length}: the rollouts' longest response, at least 1 token")
     return batch.mask.astype(jnp.float32), length * _share(batch)
 
 

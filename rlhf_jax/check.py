@@ -132,6 +132,13 @@ def _check_rollouts(config, spec, exists):
         raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
     if spec.value is not None and not config.models[spec.value].value_head:
         raise ConfigError(f"rollouts.value: the model of {spec.value!r} has no value_head")
+    if spec.kl.exact and spec.reference is None:
+        raise ConfigError("rollouts.kl.exact: of which reference? Name one in rollouts.reference")
+    if spec.kl.exact and getattr(config.learners.get(spec.policy), "vocab", True) is None:
+        raise ConfigError(
+            f"rollouts.kl.exact: a token's own share of the KL must be a loss; add "
+            f"objectives.reference_kl to learners.{spec.policy}, with vocab=reference_kl_vocab"
+        )
     said = config.models[spec.policy].vocab
     for name, learner in config.learners.items():
         if learner.batch == "experience" and learner.model.vocab < said:

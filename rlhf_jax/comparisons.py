@@ -12,8 +12,17 @@ from rlhf_jax import masked
 from rlhf_jax.types import Pairs, Scores, Sequences
 
 
-def whole(batch: Pairs) -> Bool[Array, "n"]:
-    """Groups of which every member has a masked token; another can decide nothing: weight 0."""
+def whole(batch: Sequences) -> Bool[Array, "n"]:
+    """Groups of which every member has a masked token; another can decide nothing: weight 0.
+
+    Raises:
+        ValueError: if the batch is not one of groups.
+    """
+    if batch.tokens.ndim != 3:
+        raise ValueError(
+            f"needs comparisons [n, k, t], not {type(batch).__name__} of shape "
+            f"{list(batch.tokens.shape)}: give the learner a stream of Pairs, or labelling.compare"
+        )
     return batch.mask.any(axis=-1).all(axis=-1)
 
 

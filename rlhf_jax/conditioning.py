@@ -75,6 +75,8 @@ def tagged(
     Of several tags each sample draws one, by `probabilities` or evenly, and none with probability
     `drop`. What it draws depends on the key, `prompt_id` and `sample_id` alone.
     """
+    if not tags:
+        raise ValueError("tags is empty: name the control tokens to ask for, best last")
     share = [1.0 / len(tags)] * len(tags) if probabilities is None else list(probabilities)
     if len(share) != len(tags) or not abs(sum(share) - 1.0) < 1e-6 or min(share) < 0:
         raise ValueError(
@@ -149,18 +151,12 @@ def quantile_edges(
         raise ValueError(f"parts={parts}: at least 2")
     scores = jnp.asarray(scores, jnp.float32)
     present = jnp.ones(scores.shape, bool) if present is None else present
-    return _boundaries(scores, present, jnp.arange(1, parts) / parts)
+    return boundaries(scores, present, jnp.arange(1, parts) / parts)
 
 
 def batch_edges(batch: Labeled, *, parts: int) -> Float[Array, "k"]:
     """`quantile_edges` of a batch's own texts: `edges=partial(batch_edges, parts=4)`."""
     return quantile_edges(batch.score, parts=parts, present=batch.mask.any(axis=1))
-
-
-def best_share_edge(batch: Labeled, *, share: float) -> Float[Array, ""]:
-    """The score at which the best `share` of a batch's texts begin; equal scores are not parted."""
-    below = jnp.array([1.0 - share], jnp.float32)
-    return _boundaries(batch.score.astype(jnp.float32), batch.mask.any(axis=1), below)[0]
 
 
 def edges_of(edges: Edges, batch: Labeled, tags: int) -> Float[Array, "k"]:
@@ -225,12 +221,22 @@ def _at(index, shape):
     return jnp.arange(shape[1])[None] == index[:, None]
 
 
-def _boundaries(scores, present, shares):
-    """For each share, the score above the boundary that has nearest to that share below it."""
+def boundaries(
+    scores: Float[Array, "n"],
+    present: Bool[Array, "n"],
+    shares: Float[Array, "k"],
+    *,
+    least: bool = False,
+) -> Float[Array, "k"]:
+    """For each share, the score above the boundary that has nearest to that share below it.
+
+    Boundaries lie between different scores; with `least` there is one below them all.
+    """
     ordered = jnp.sort(jnp.where(present, scores, jnp.inf))
     n = jnp.sum(present)
     place = jnp.arange(len(scores))
-    rises = jnp.concatenate([jnp.zeros((1,), bool), ordered[1:] > ordered[:-1]]) & (place < n)
+    first = jnp.full((1,), least)
+    rises = jnp.concatenate([first, ordered[1:] > ordered[:-1]]) & (place < n)
     away = jnp.abs(place[None] - shares[:, None] * n)
     # Without a boundary argmin is 0: the least score of all.
     return ordered[jnp.argmin(jnp.where(rises[None], away, jnp.inf), axis=1)]

@@ -61,7 +61,7 @@ class Learner:
     epochs: int = 1
     minibatches: int = 1  # optimiser steps per epoch
     microbatches: int = 1  # parts of a minibatch that are in memory one after another
-    transform: Callable | None = None  # batch, key -> batch (conditioning, filtering)
+    transform: Callable | None = None  # batch, key -> batch (conditioning, selection)
     prepare: Callable | None = None  # scores, batch -> batch: statistics over the whole of it
     when: Callable[[int], bool] = always
     start: From | None = None  # None: fresh weights

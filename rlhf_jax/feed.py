@@ -58,10 +58,13 @@ def looked_at(config: Config, name: str, batch: Any) -> Any:
 def _prompts(config, name, prompts):
     spec = config.rollouts
     context = config.models[spec.policy].context
-    longest = prompts.tokens.shape[1] + spec.length
+    width = prompts.tokens.shape[1]
+    if spec.transform is not None:
+        width = jax.eval_shape(spec.transform, prompts, jax.random.key(0)).tokens.shape[1]
+    longest = width + spec.length
     if spec.environment is None and longest > context:
         raise RunError(
-            f"prompts of up to {prompts.tokens.shape[1]} tokens and responses of up to "
+            f"prompts of up to {width} tokens and responses of up to "
             f"{spec.length} make {longest}, but the model's context is {context}; shorten "
             "one of them, or use a model with a longer context"
         )

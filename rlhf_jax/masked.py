@@ -15,8 +15,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 Axis = int | tuple[int, ...] | None
 
 
-def select(x: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+def select(x: Shaped[Array, "..."] | None, mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """`x` in float32 where `mask`, 0 elsewhere; what `x` holds elsewhere, nan included, is lost."""
+    if x is None:
+        raise ValueError(
+            "scores that no model gave: logp and entropy need lm_head=True, value and reward need "
+            "value_head=True in the model of the learner, and in those that it scores"
+        )
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.where(mask, x, 0.0)
 

@@ -100,9 +100,11 @@ def _step(state, token, context, *, environment, every, edges, tags):
     inner, forced, count, reward, done = environment.step(inner, token, context)
     left, chosen = left - reward, chosen + 1
     ask = jnp.logical_not(done) & (chosen % every == 0)
+    possible = (count >= 0) & (count <= environment.forced)
     forced = jnp.append(jnp.asarray(forced, jnp.int32), 0)
     forced = forced.at[count].set(_tag_for(left, edges, tags))
-    return (inner, left, chosen), forced, count + ask, reward, done
+    # An impossible count stays one, for the rollout to report.
+    return (inner, left, chosen), forced, jnp.where(possible, count + ask, -1), reward, done
 
 
 def _tag_for(left, edges, tags):

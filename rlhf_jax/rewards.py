@@ -216,7 +216,7 @@ class KL:
     adaptive: bool = True
     target: float = 6.0  # nats per sample
     horizon: int = 10_000  # samples
-    estimator: Callable = k1  # of a token's KL: k1, k2 or k3 of `ratios`
+    estimator: Callable = k1  # of a token's KL; k2, k3 do not have the KL's gradient as rewards
     exact: bool = False  # over the vocabulary instead; the token's own share must then be a loss
 
 

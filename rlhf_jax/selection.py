@@ -1,9 +1,10 @@
-"""Which rows and tokens are learned from: the best samples, one position, a mixture.
+"""Which rows and tokens are learned from: texts that scored enough, the best samples, a mixture.
 
 Transforms of batches, so that any objective follows: `mle` on the best of n is best-of-n distilled,
 and in a loop with fresh samples it is expert iteration (Anthony et al. 2017), k rounds of which
-make the best of nᵏ. `best_of` and `one_position` are a learner's `transform`; those that take
-`params` are for `Config.derived`, with their hyperparameters bound by `partial`.
+make the best of nᵏ. Those of `(batch, key)` are a learner's `transform`: they clear the mask of
+what is left out, so shapes stay what they are and the trainer divides by what remains. Those that
+take `params` are for `Config.derived`, with their hyperparameters bound by `partial`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import masked
+from rlhf_jax.conditioning import boundaries
 from rlhf_jax.types import Experience, Labeled, Params, Rollout, Sequences
 
 
@@ -75,6 +77,54 @@ def _best(batch, key, n, keep, by) -> tuple[Int[Array, "m"], Bool[Array, "m"]]:
     return best.reshape(-1), jnp.broadcast_to(whole, best.shape).reshape(-1)
 
 
+def above(batch: Labeled, key: jax.Array | None = None, *, threshold: float) -> Labeled:
+    """Only texts whose score is `threshold` or more: filtered fine-tuning."""
+    del key
+    return _only(batch, batch.score >= threshold)
+
+
+def best_share(batch: Labeled, key: jax.Array | None = None, *, share: float) -> Labeled:
+    """Only the best `share` of the batch's texts, by score (expert iteration: Anthony et al. 2017).
+
+    Equal scores stay or go together, so the share is the nearest one possible, at least one text.
+    """
+    del key
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: above 0, and 1 keeps every text")
+    if share == 1:
+        return batch
+    return _only(batch, batch.score >= _share_edge(batch, share))
+
+
+def informative(
+    batch: Experience, key: jax.Array | None = None, *, tolerance: float = 0.0
+) -> Experience:
+    """Only prompts whose samples did not all earn the same (DAPO: Yu et al. 2025, §3.2).
+
+    The others have advantage 0 under a group's baseline and would only enlarge the denominator.
+    What a sample earned is the sum of `reward`: with a KL penalty in it no two are equal, so charge
+    KL as a loss, or allow a `tolerance`. A prompt with one sample goes too.
+    Departs: nothing is sampled to replace them; the batch has fewer tokens.
+    """
+    del key
+    earned, present = total_reward(batch), batch.mask.any(axis=1)
+    same = (batch.prompt_id[:, None] == batch.prompt_id[None]) & present[None]
+    most = jnp.max(jnp.where(same, earned[None], -jnp.inf), axis=1)
+    least = jnp.min(jnp.where(same, earned[None], jnp.inf), axis=1)
+    return _only(batch, most - least > tolerance)
+
+
+def _share_edge(batch, share):
+    """The score at which the best `share` of a batch's texts begin."""
+    below = jnp.array([1.0 - share], jnp.float32)
+    score, present = batch.score.astype(jnp.float32), batch.mask.any(axis=1)
+    return boundaries(score, present, below, least=True)[0]
+
+
+def _only(batch: Sequences, keep: Bool[Array, "b"]) -> Sequences:
+    return batch.replace(mask=batch.mask & keep[:, None])
+
+
 def one_position(batch: Sequences, key: Array) -> Sequences:
     """Of each row's masked tokens one stays, drawn uniformly (Silver et al. 2016, value network).
 
@@ -128,7 +178,8 @@ def with_score(
 ) -> Labeled:
     """Rollouts as texts with feedback: the score is `by(batch)`, a token's score its reward.
 
-    What objectives of texts learn from, and conditioning, on the policy's own samples.
+    What objectives of texts learn from, and conditioning, on the policy's own samples. They are
+    scored at temperature 1, whatever they were drawn at.
     """
     del params, key
     mask = batch.mask

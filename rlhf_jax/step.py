@@ -5,7 +5,8 @@ Division by a number of tokens happens in `_value` and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -46,10 +47,12 @@ def update(
     leading axis, so that a group stays whole. Metrics are means over all that was seen.
     """
     if learner.transform is not None:
-        batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
+        with _fitting(learner.transform, batch):
+            batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
     rows = batch.tokens.shape[0]
     check_rows(rows, learner)
-    batch = _prepared(state.params, frozen, batch, learner, models)
+    parts = learner.minibatches * learner.microbatches
+    batch = _prepared(state.params, frozen, batch, learner, models, parts)
 
     def order(epoch):
         if learner.minibatches == 1:
@@ -93,7 +96,7 @@ def evaluate(
     models: Mapping[str, Any],
 ) -> Metrics:
     """A learner's loss and metrics on a batch it does not learn from, untransformed."""
-    batch = _prepared(params, frozen, batch, learner, models)
+    batch = _prepared(params, frozen, batch, learner, models, learner.microbatches)
     micro = _parts(batch, learner.microbatches)
     count = _counts(params, frozen, micro, learner, models)
     value, sums = _sum_over_parts(
@@ -104,28 +107,54 @@ def evaluate(
     }
 
 
-def _prepared(params, frozen, batch, learner, models):
+def _prepared(params, frozen, batch, learner, models, parts):
     """The batch with what `learner.prepare` adds: statistics over all of it, without gradient."""
     if learner.prepare is None:
         return batch
-    scores = _by_parts(
-        lambda part: _scored(params, frozen, part, learner, models),
-        batch,
-        learner.minibatches * learner.microbatches,
-    )
-    return jax.lax.stop_gradient(learner.prepare(jax.lax.stop_gradient(scores), batch))
+    scores = _by_parts(lambda part: _scored(params, frozen, part, learner, models), batch, parts)
+    with _fitting(learner.prepare, batch):
+        return jax.lax.stop_gradient(learner.prepare(jax.lax.stop_gradient(scores), batch))
+
+
+class Misfit(ValueError):
+    """A learner's functions do not fit its batch, its model or each other; the message says how."""
+
+
+@contextmanager
+def _fitting(fn: Callable, batch: Sequences) -> Iterator[None]:
+    """What a function asks for in vain becomes a `Misfit`; errors of its own stay what they are."""
+    try:
+        yield
+    except AttributeError as error:
+        if not isinstance(error.obj, type(batch)):
+            raise
+        fn = getattr(fn, "func", fn)
+        raise Misfit(
+            f"{getattr(fn, '__name__', fn)} reads {error.name!r}, which a batch of "
+            f"{type(batch).__name__} has not; give the learner one that has: rollouts make "
+            "Experience, streams.text Labeled, streams.pairs Pairs, Derived(selection.with_score) "
+            "makes Labeled of Experience"
+        ) from error
+    except ValueError as error:
+        frame = error.__traceback__
+        while frame.tb_next is not None:
+            frame = frame.tb_next
+        if not frame.tb_frame.f_globals.get("__name__", "").startswith("rlhf_jax."):
+            raise
+        raise Misfit(str(error)) from error
 
 
 def _terms(scores, part, learner) -> dict[str, Terms]:
-    terms = learner.objective(scores, part)
+    with _fitting(learner.objective, part):
+        terms = learner.objective(scores, part)
     return {"": terms} if isinstance(terms, Terms) else terms
 
 
 def _scored(params, frozen, part, learner, models):
     models = {"self": learner.model, **{name: models[name] for name in frozen}}
-    return score(
-        {"self": params, **frozen}, part, models=models, vocab=learner.vocab, chunk=learner.chunk
-    )
+    trees = {"self": params, **frozen}
+    with _fitting(learner.vocab, part):
+        return score(trees, part, models=models, vocab=learner.vocab, chunk=learner.chunk)
 
 
 def _counts(params, frozen, micro, learner, models) -> dict[str, Array]:
@@ -204,10 +233,10 @@ def apply_gradients(state, grads, finite, learner) -> LearnerState:
 
 
 def check_rows(rows: int, learner: Learner) -> None:
-    """Raise ValueError unless a batch of `rows` rows splits evenly."""
+    """Raise Misfit unless a batch of `rows` rows splits evenly."""
     parts = learner.minibatches * learner.microbatches
     if rows % parts:
-        raise ValueError(
+        raise Misfit(
             f"a batch of {rows} rows does not divide into {learner.minibatches} minibatches of "
             f"{learner.microbatches} micro-batches; use a multiple of {parts}, such as "
             f"{-(-rows // parts) * parts}"

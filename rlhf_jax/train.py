@@ -25,7 +25,7 @@ from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, weights_of
 from rlhf_jax.pool import Kept
 from rlhf_jax.start import abstract_frozen, abstract_state, begin
-from rlhf_jax.step import check_rows
+from rlhf_jax.step import Misfit
 from rlhf_jax.types import Params, Prompts, Rollout, TrainState
 
 
@@ -143,7 +143,12 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
         others = weights_of(learner.scores, state.replace(learners=learners), run.frozen)
         key = phase_key(config.seed, step, f"update/{name}")
         with run.meter.phase(f"update/{name}", tokens=batch.tokens.size * learner.epochs):
-            learners[name], found = run.phases.update[name](learners[name], others, batch, key)
+            try:
+                learners[name], found = run.phases.update[name](learners[name], others, batch, key)
+            except Misfit as error:
+                raise RunError(
+                    f"learners.{name}, which learns from {learner.batch!r}: {error}"
+                ) from error
             jax.block_until_ready(learners[name])
         metrics |= {f"{name}/{metric}": x for metric, x in found.items()}
         stop_if_stuck(run, learners[name], name, batch, step)
@@ -167,12 +172,6 @@ def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], ste
             batch = run.pools[name].add_and_draw(step, batch, key)
         batch = jax.device_put(batch, sharding.rows(run.phases.mesh))
         jax.block_until_ready(batch)
-    for who, learner in run.config.learners.items():
-        if learner.batch == name:
-            try:
-                check_rows(batch.tokens.shape[0], learner)
-            except ValueError as error:
-                raise RunError(f"learners.{who}: {error}; derived.{name} made it") from error
     return batch
 
 

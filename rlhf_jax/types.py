@@ -45,10 +45,16 @@ class Labeled(Sequences):
 
 
 @struct.dataclass
-class Judged(Labeled):
-    """Texts with feedback, and what they are held against (`objectives.kto` makes the fields)."""
+class Probed(Labeled):
+    """Texts with feedback, and rows that only serve to measure (`kto.mismatched` makes them)."""
 
     probe: Bool[Array, "b"]  # the row only serves to measure the reference point; it has weight 0
+
+
+@struct.dataclass
+class Judged(Probed):
+    """Texts with feedback, and what they are held against (`kto.kto_reference` makes it)."""
+
     reference_point: Float[Array, "b"]  # KL(π‖π_ref), nats; the same number on every row
 
 
@@ -67,8 +73,14 @@ class Contrast(Labeled):
     """Texts of data (score 1) beside samples of a policy (score 0)."""
 
     log_q: Float[Array, "b"]  # what the policy drew the text with, nats; 0 for data
-    importance: Float[Array, "b"]  # e^{r − log q} of a sample, their mean 1; by `energy_weights`
-    log_z: Float[Array, "b"]  # estimate of log Σ e^r over all texts; by `energy_weights`
+
+
+@struct.dataclass
+class Weighed(Contrast):
+    """The same with importance weights (`energy_weights` makes them)."""
+
+    importance: Float[Array, "b"]  # e^{r − log q} of a sample, their mean 1
+    log_z: Float[Array, "b"]  # estimate of log Σ e^r over all texts
 
 
 @struct.dataclass

@@ -40,8 +40,6 @@ def against(real, generated, log_q=None):
         score=1.0 - generated.astype(jnp.float32),
         token_score=jnp.zeros(tokens.shape),
         log_q=zero if log_q is None else zero.at[len(real) :].set(jnp.asarray(log_q, jnp.float32)),
-        importance=zero,
-        log_z=zero,
     )
 
 
@@ -262,7 +260,9 @@ def test_without_samples_or_without_data_energy_is_finite():
         found = energy_weights(said(np.zeros(4), batch), batch)
         assert np.isfinite(found.importance).all() and np.isfinite(found.log_z).all()
     with pytest.raises(ValueError, match=r"needs scores\.reward"):
-        energy(Scores(), EVERY)
+        energy(Scores(), energy_weights(said(np.zeros(4), EVERY), EVERY))
+    with pytest.raises(ValueError, match="prepare=energy_weights"):
+        energy(said(np.zeros(4), EVERY), EVERY)
     with pytest.raises(ValueError, match=r"needs scores\.reward"):
         discriminator(Scores(), EVERY)
 

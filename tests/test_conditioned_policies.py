@@ -22,7 +22,6 @@ from rlhf_jax import exact, masked, phases, train
 from rlhf_jax.conditioning import batch_edges, called_good, chained, condition, tagged, untagged
 from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams
-from rlhf_jax.filtering import above
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import (
@@ -42,7 +41,7 @@ from rlhf_jax.objectives import (
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
-from rlhf_jax.selection import with_score
+from rlhf_jax.selection import above, with_score
 from rlhf_jax.types import Labeled, Scores
 
 KEY = jax.random.key(0)
@@ -133,7 +132,7 @@ def test_normalised_weights_have_mean_one_over_the_whole_batch():
 
 def test_mistakes_are_named():
     scores = Scores(logp=LOGP)
-    with pytest.raises(ValueError, match=r"beta=0.*filtering\.best"):
+    with pytest.raises(ValueError, match=r"beta=0.*selection\.best_share"):
         weighted_regression(scores, TWO, beta=0.0)
     with pytest.raises(ValueError, match="cap=0"):
         weighted_regression(scores, TWO, beta=1.0, cap=0.0)

@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import filtering, masked, returns_to_go
+from rlhf_jax import masked, returns_to_go, selection
 from rlhf_jax.conditioning import (
     after_start,
     batch_edges,
@@ -459,7 +459,7 @@ def test_a_request_that_has_no_tag_is_refused():
 
 
 def test_only_texts_that_score_enough_are_learned_from():
-    out = compiled(filtering.above)(BATCH, threshold=0.0)
+    out = compiled(selection.above)(BATCH, threshold=0.0)
     assert_array_equal(out.mask.any(1), [True, False, True])
     same(out.replace(mask=BATCH.mask), BATCH)
 
@@ -473,16 +473,17 @@ def test_only_texts_that_score_enough_are_learned_from():
         ([0, 0, 0, 0, 0, 1], 0.5, [0, 0, 0, 0, 0, 1]),
         ([2, 2, 2, 2, 2, 2], 0.5, [1, 1, 1, 1, 1, 1]),
         ([0, 1, 2, 3, 4, 5], 1.0, [1, 1, 1, 1, 1, 1]),
+        ([0, 0, 1, 1, 2, 2], 0.9, [1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_the_best_share_is_kept_and_equals_together(scores, share, kept):
     batch = repeated(BATCH, 2).replace(score=jnp.array(scores, jnp.float32))
-    assert_array_equal(compiled(filtering.best)(batch, share=share).mask.any(1), kept)
+    assert_array_equal(compiled(selection.best_share)(batch, share=share).mask.any(1), kept)
 
 
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(ValueError, match="share=0"):
-        filtering.best(BATCH, KEY, share=0.0)
+        selection.best_share(BATCH, KEY, share=0.0)
 
 
 def test_prompts_whose_samples_all_earned_the_same_are_left_out():
@@ -494,7 +495,7 @@ def test_prompts_whose_samples_all_earned_the_same_are_left_out():
         reward=jnp.where(mask, earned[:, None] / mask.sum(1, keepdims=True).clip(1), jnp.nan),
         prompt_id=jnp.array([3, 3, 1, 1, 3, 3, 2, 2]),
     )
-    informative = compiled(filtering.informative)
+    informative = compiled(selection.informative)
     out = informative(batch, tolerance=1e-5)
     assert_array_equal(out.mask.any(1), [1, 1, 0, 0, 1, 1, 0, 0])
     wide = informative(batch, tolerance=2.5)

@@ -13,21 +13,21 @@ from flax import struct
 from jaxtyping import Array, Float
 from numpy.testing import assert_allclose
 
-from rlhf_jax import masked, phases
+from rlhf_jax import comparisons, masked, phases
 from rlhf_jax import train as loop
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.objectives import mle, reward_model
+from rlhf_jax.objectives import dpo, energy, kto, mismatched, mle, reward_model
 from rlhf_jax.optimizer import sgd
 from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.score import score
-from rlhf_jax.step import evaluate, update
+from rlhf_jax.step import Misfit, evaluate, update
 from rlhf_jax.train import RunError
-from rlhf_jax.types import Labeled, Pairs, Sequences, Terms
+from rlhf_jax.types import Contrast, Labeled, Pairs, Sequences, Terms
 
 POLICY = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)
 SCALAR = replace(POLICY, lm_head=False, value_head=True)
@@ -118,9 +118,9 @@ def test_learners_learn_from_what_is_made_of_rollouts_and_streams_and_resume(tmp
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_a_derived_batch_that_does_not_divide_says_who_made_it(tmp_path):
+def test_a_derived_batch_that_does_not_divide_says_so(tmp_path):
     learners = CONFIG.learners | {"policy": replace(CONFIG.learners["policy"], minibatches=3)}
-    with pytest.raises(RunError, match=r"learners\.policy: a batch of 16 rows .* derived\.winners"):
+    with pytest.raises(RunError, match=r"learners\.policy, .* 'winners': a batch of 16 rows"):
         run(replace(CONFIG, learners=learners), tmp_path)
 
 
@@ -251,3 +251,77 @@ def logp_of(table, params, batch):
 
 def centre_of(table, params, batch):
     return logp_of(table, params, batch)[np.asarray(batch.mask)].mean()
+
+
+@pytest.mark.parametrize("rows", [6, 16])
+def test_an_evaluation_is_cut_into_micro_batches_only(rows):
+    table, batch = toys.Table(32), jax.tree.map(jnp.asarray, toys.labeled(rows))
+    learner = Learner(table, around_the_centre, prepare=centre, minibatches=8, microbatches=2)
+    params = table.init(jax.random.key(0))
+    found = jax.jit(partial(evaluate, learner=learner, models={}))(params, {}, batch)
+    spread = np.var(logp_of(table, params, batch)[np.asarray(batch.mask)])
+    assert_allclose(found["loss"], spread, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- what does not fit
+
+
+def first_loss(objective, batch, model=POLICY, **fields):
+    learner = Learner(model, objective, **fields)
+    state = jax.eval_shape(partial(phases.init_learner, learner=learner), jax.random.key(0))
+    others = {name: state.params for name in learner.scores}
+    run = partial(update, learner=learner, models=dict.fromkeys(others, model))
+    return jax.eval_shape(run, state, others, batch, jax.random.key(0))
+
+
+def contrast():
+    text, zero = toys.labeled(), np.zeros(16, np.float32)
+    arrays = {name: getattr(text, name) for name in Labeled.__dataclass_fields__}
+    return Contrast(**arrays, log_q=zero)
+
+
+def reads_an_advantage(scores, batch, *, scale=1.0):
+    return Terms(-scale * batch.advantage * scores.logp, batch.mask.astype(jnp.float32))
+
+
+def scores_every_text(batch, key):
+    return batch.replace(mask=batch.mask & (batch.score > 0)[:, None])
+
+
+MISFITS = {
+    "an objective": (reads_an_advantage, toys.labeled(), {}, "reads 'advantage', which a batch of"),
+    "a partial": (partial(reads_an_advantage, scale=2.0), toys.labeled(), {}, "reads_an_advantage"),
+    "a transform": (mle, toys.experience(), {"transform": scores_every_text}, "reads 'score'"),
+    "no head": (mle, toys.labeled(), {"model": SCALAR}, "logp and entropy need lm_head=True"),
+    "no weights": (energy, contrast(), {"model": SCALAR}, "prepare=energy_weights"),
+    "no reference": (dpo, toys.pairs(), {}, r"needs scores=\(\"reference\",\)"),
+    "no point": (
+        kto, toys.labeled(), {"scores": ("reference",), "transform": mismatched}, "kto_reference",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_says_what_would(case):
+    objective, batch, fields, message = MISFITS[case]
+    with pytest.raises(Misfit, match=message):
+        first_loss(objective, batch, **fields)
+
+
+def test_comparisons_are_groups():
+    with pytest.raises(ValueError, match=r"needs comparisons \[n, k, t\], not Labeled of shape"):
+        comparisons.whole(toys.labeled())
+
+
+def test_errors_of_ones_own_stay_what_they_are():
+    def attribute(scores, batch):
+        return scores.nothing
+
+    def shapes(scores, batch):
+        return Terms(scores.logp + jnp.zeros((3, 7, 2)), batch.mask.astype(jnp.float32))
+
+    with pytest.raises(AttributeError, match="nothing"):
+        first_loss(attribute, toys.labeled())
+    with pytest.raises(ValueError) as found:
+        first_loss(shapes, toys.labeled())
+    assert not isinstance(found.value, Misfit)

@@ -59,9 +59,8 @@ def test_a_docstring_says_all_that_the_page_needs(name):
 
 @pytest.mark.parametrize("name", sorted(GENERATE["documented"]()))
 def test_the_example_of_an_objective_makes_a_learner(name):
-    space = {"model": None, "partial": partial, **vars(config)}
-    for module in (objectives, *(module for module, _ in GENERATE["BESIDE"].values())):
-        space |= {key: x for key, x in vars(module).items() if not key.startswith("_")}
+    space = {}
+    exec(re.findall(r"```python\n(from .*?)```", GENERATE["HEAD"], re.S)[0], space)
     example = GENERATE["examples"]()[name]
     assert name in example
     made = []

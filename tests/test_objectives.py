@@ -58,7 +58,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.ratios import k3, sequence_log_ratio
 from rlhf_jax.testing import LAWS, BrokenLawError, check_objective, random_batch
-from rlhf_jax.types import Experience, Judged, Labeled, Pairs, Scores, Sequences, Terms
+from rlhf_jax.types import Experience, Judged, Labeled, Pairs, Scores, Sequences, Terms, Weighed
 
 every_ppo = partial(ppo, clip_high=0.3, dual_clip=3.0, importance_cap=2.0, entropy_coefficient=0.01)
 on_policy = {"batch": Experience}
@@ -135,7 +135,7 @@ OBJECTIVES = {
     "visit_counts": (visit_counts, {"vocab": visit_counts_vocab}),
     "discriminator": (partial(discriminator, smoothing=0.1), {}),
     "discriminator of texts": (partial(discriminator, aggregate=over_ends), {}),
-    "energy": (energy, {}),
+    "energy": (energy, {"batch": Weighed}),
 }
 
 

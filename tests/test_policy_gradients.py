@@ -268,8 +268,10 @@ def expected_update(params, rollout, objective, beta, vocab=None, **spec):
         scores = score(names, batch, models=models, vocab=vocab)
         terms = objective(scores, batch)
         terms = terms if isinstance(terms, dict) else {"": terms}
-        rows = sum(t.scale * (t.loss * t.weight).sum(1) for t in terms.values())
-        return -jnp.sum(weight * rows)
+        # The trainer's value of a minibatch that is this text alone.
+        counts = {n: t.weight if t.count is None else t.count for n, t in terms.items()}
+        rows = [t.scale * (t.loss * t.weight).sum(1) / counts[n].sum(1) for n, t in terms.items()]
+        return -jnp.sum(weight * sum(rows))
 
     return jax.grad(loss)(params)["head"]["kernel"]
 
@@ -278,7 +280,9 @@ KL_EVERYWHERE = {
     "k1 in the reward": (reinforce, {}, {}),
     "exact in the reward, the token's own share as a loss": (
         partial(
-            combine, policy=reinforce, kl=partial(reference_kl, coefficient=0.5)
+            combine,
+            policy=reinforce,
+            kl=partial(reference_kl, coefficient=0.5, aggregate=over_sequences),
         ),
         {"kl": KL(exact=True)},
         {"vocab": reference_kl_vocab},

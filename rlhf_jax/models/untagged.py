@@ -12,6 +12,11 @@ from jaxtyping import Array, Int
 from rlhf_jax.models.transformer import Output
 from rlhf_jax.types import Params
 
+GENERATES_NOT = (
+    "an Untagged model reads whole texts and cannot generate: sample from the model itself, with "
+    "prompts that hold no tags"
+)
+
 
 @dataclass(frozen=True)
 class Untagged:
@@ -61,10 +66,7 @@ class Untagged:
     ) -> Output:
         """Hidden states of whole texts, each tag's that of the token before it."""
         if cache is not None or positions is not None:
-            raise ValueError(
-                "an Untagged model reads whole texts and cannot generate: sample from the model "
-                "itself, with prompts that hold no tags"
-            )
+            raise ValueError(GENERATES_NOT)
         segments = jnp.ones_like(tokens) if segments is None else segments
         tag = (tokens[:, :, None] == jnp.array(self.tags)[None, None]).any(-1)
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -82,6 +84,10 @@ class Untagged:
         ).hidden
         seen = jax.lax.cummax(jnp.where(tag, 0, index), axis=1)
         return Output(jnp.take_along_axis(hidden, seen[:, :, None], axis=1), None)
+
+    def empty_cache(self, rows: int, length: int) -> Any:
+        """Raises ValueError: it cannot generate."""
+        raise ValueError(GENERATES_NOT)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """The model's."""

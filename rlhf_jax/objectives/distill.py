@@ -71,7 +71,7 @@ def distill(
 
     Args:
         coefficient: of this term, beside others.
-        aggregate: a function of `aggregate`.
+        aggregate: `over_tokens`, … of `rlhf_jax.aggregate`.
     Use: a teacher's whole distribution: soft targets on data, GKD on the student's own rollouts.
     Memory: the teacher's forward pass, and its log-probabilities of a chunk over the vocabulary.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import masked
-from rlhf_jax.types import Contrast, Scores, Terms
+from rlhf_jax.types import Contrast, Scores, Terms, Weighed
 
 
-def energy_weights(scores: Scores, batch: Contrast) -> Contrast:
+def energy_weights(scores: Scores, batch: Contrast) -> Weighed:
     """Importance weights ∝ exp(r − log q) of the samples, and log Ẑ = log mean exp(r − log q).
 
     A learner's `prepare`: both are statistics of the whole batch.
@@ -21,7 +23,8 @@ def energy_weights(scores: Scores, batch: Contrast) -> Contrast:
     raw = jnp.where(generated, jnp.exp(gap - top), 0.0)
     mean = jnp.where(generated.any(), raw.sum() / number, 1.0)
     log_z = jnp.broadcast_to(top + jnp.log(mean), reward.shape)
-    return batch.replace(importance=raw / mean, log_z=log_z)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Contrast)}
+    return Weighed(**fields, importance=raw / mean, log_z=log_z)
 
 
 def energy(scores: Scores, batch: Contrast) -> dict[str, Terms]:
@@ -42,6 +45,8 @@ def energy(scores: Scores, batch: Contrast) -> dict[str, Terms]:
     """
     if scores.reward is None:
         raise ValueError("energy needs scores.reward: give this learner's model a value head")
+    if not isinstance(batch, Weighed):
+        raise ValueError("energy needs importance weights: give its learner prepare=energy_weights")
     reward, generated = _reward(scores, batch), _generated(batch)
     real = batch.mask.any(axis=1) & ~generated
     importance = masked.select(batch.importance, generated)

@@ -47,8 +47,8 @@ def gated(
         objective: a policy gradient on `batch.advantage`, hyperparameters bound.
         on: the control token behind which it learns.
         off: the control token behind which it does not.
-        on_coefficient: β_on, reward per nat; 0 where the rollouts charge KL already.
-        off_coefficient: β_off, reward per nat; 0 leaves the policy free when off.
+        on_coefficient: β_on, advantage per nat; 0 where the rollouts charge KL already.
+        off_coefficient: β_off, advantage per nat; 0 leaves the policy free when off.
         aggregate: that of the objective.
     Use: a model that can be asked for what it was before, by a token.
     Memory: the reference's forward pass, and its logits in each chunk.

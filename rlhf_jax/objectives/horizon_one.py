@@ -63,8 +63,8 @@ def horizon_one(scores: Scores, batch: Sequences, *, kl_coefficient: float) -> T
     """−Σ_v π(v|s) r(s, v) + β KL(π‖π_ref)(s), per state of the given texts, with exact gradient.
 
     In units of r, which the vocabulary function says. Each state is a bandit: nothing is credited
-    to earlier tokens, and its optimum is softmax(log π_ref + r/β) (Ziegler et al. 2019, eq. 2, for
-    one token). The learner needs `vocab=horizon_one_vocab` and `scores=("reference",)`.
+    to earlier tokens, and its optimum is softmax(log π_ref + r/β) (the tilt of Korbak et al. 2022,
+    for one token). The learner needs `vocab=horizon_one_vocab` and `scores=("reference",)`.
     On states that the policy itself reaches, `reinforce` with discount 0 and KL in the reward has
     this gradient in expectation, from one sampled token instead of the whole vocabulary.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax import comparisons, masked
-from rlhf_jax.types import Judged, Labeled, Scores, Terms
+from rlhf_jax.types import Judged, Labeled, Probed, Scores, Terms
 
 
 def kto(
@@ -74,7 +74,7 @@ def kto_reference(scores: Scores, batch: Labeled, *, reference: str = "reference
 
     The paper measures it on answers to other prompts, (x, y′): give the learner
     `transform=mismatched` for those rows. Without them the batch's own rows serve, which costs no
-    forward pass, and is the same where texts have no prompts; with prompts it overestimates a
+    further rows, and is the same where texts have no prompts; with prompts it overestimates a
     policy that has learned the good rows, and underestimates one that has unlearned the bad.
 
     Args:
@@ -82,13 +82,14 @@ def kto_reference(scores: Scores, batch: Labeled, *, reference: str = "reference
     """
     ratio = comparisons.log_ratio(scores, batch, reference=reference)
     present = batch.mask.any(axis=-1)
-    probe = batch.probe if isinstance(batch, Judged) else jnp.zeros_like(present)
+    probe = batch.probe if isinstance(batch, Probed) else jnp.zeros_like(present)
     used = present & jnp.where(probe.any(), probe, True)
     point = jnp.maximum(masked.mean(ratio, used), 0.0)
-    return _judged(batch, probe, jnp.broadcast_to(point, present.shape))
+    point = jnp.broadcast_to(point, present.shape)
+    return Judged(**_labeled(batch), probe=probe, reference_point=point)
 
 
-def mismatched(batch: Labeled, key: Array) -> Judged:
+def mismatched(batch: Labeled, key: Array) -> Probed:
     """The batch, and as many rows again in which every prompt has another row's response.
 
     A learner's `transform`. A prompt is what stands before the first masked token, a response what
@@ -113,9 +114,8 @@ def mismatched(batch: Labeled, key: Array) -> Judged:
     tokens, mask, segments = splice(batch.tokens), splice(batch.mask), splice(batch.segments)
     probes = batch.replace(tokens=tokens, mask=mask, segments=segments)
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), batch, probes)
-    return _judged(both, jnp.arange(2 * b) >= b, jnp.zeros((2 * b,), jnp.float32))
+    return Probed(**_labeled(both), probe=jnp.arange(2 * b) >= b)
 
 
-def _judged(batch, probe, point):
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Labeled)}
-    return Judged(**fields, probe=probe, reference_point=point)
+def _labeled(batch):
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(Labeled)}

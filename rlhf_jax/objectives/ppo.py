@@ -40,13 +40,15 @@ def ppo(
         entropy_coefficient: of an entropy bonus, reward per nat; 0.01 in the paper's Atari runs,
             usually 0 for language models.
         log_ratio: of π to π_old: `token_log_ratio` or `sequence_log_ratio`.
-        aggregate: a function of `aggregate`; GRPO's is `over_sequence_means`.
+        aggregate: `over_tokens`, … of `rlhf_jax.aggregate`; GRPO's is `over_sequence_means`.
     Use: rollouts with any reward, when samples serve several optimiser steps.
     Memory: log-probabilities only; the critic, if any, is a learner of its own or a head.
 
     Example:
         Learner(model, partial(ppo, clip=0.2), epochs=4, minibatches=4)
     """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: above 1, such as 3, or None")
     if entropy_coefficient and scores.entropy is None:
         raise ValueError("entropy_coefficient needs scores.entropy, which this learner lacks")
     mask = batch.mask

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlhf_jax.advantages import group_relative, leave_one_out
-from rlhf_jax.aggregate import over_length, over_sequence_means, over_sequences, over_tokens
+from rlhf_jax.aggregate import over_length, over_prompts, over_sequence_means, over_sequences
 from rlhf_jax.objectives.combine import combine
 from rlhf_jax.objectives.ppo import ppo
 from rlhf_jax.objectives.reinforce import reinforce
@@ -92,6 +92,7 @@ class Variant:
     """A critic-free method: `Learner(objective=…)` and `Rollouts(advantage=…, value=None)`.
 
     Several samples per prompt; no KL in the reward (`KL(0.0, adaptive=False)`) except for RLOO.
+    GRPO's KL is a loss, and still needs `Rollouts(reference=…)`.
     """
 
     source: str
@@ -117,9 +118,9 @@ DR_GRPO = Variant(
 )
 
 DAPO = Variant(
-    source="Yu et al. 2025, eq. 8: asymmetric clip, mean over tokens, no KL; its soft penalty on "
-    "length is rewards.length_penalty, its filter of tied prompts conditioning's",
-    objective=partial(ppo, clip=0.2, clip_high=0.28, aggregate=over_tokens),
+    source="Yu et al. 2025, eq. 8: asymmetric clip, mean over a prompt's tokens, no KL; its soft "
+    "penalty on length is rewards.length_penalty, its filter of tied prompts selection.informative",
+    objective=partial(ppo, clip=0.2, clip_high=0.28, aggregate=over_prompts),
     advantage=group_relative,
 )
 

@@ -48,4 +48,6 @@ def quark(scores: Scores, batch: Sequences, *, coefficient: float = 0.05) -> dic
         # with Rollouts(transform=partial(tagged, tags=(6,))), and as the derived batch "pool":
         Derived(with_score, pool=Pool(rows=256, draw=partial(by_quantile, parts=4)))
     """
+    if "divergence" not in scores.extra:
+        raise ValueError('quark needs vocab=quark_vocab and scores=("reference",) on its learner')
     return combine(scores, batch, likelihood=mle, kl=partial(distill, coefficient=coefficient))

@@ -31,8 +31,8 @@ def reinforce(
     Args:
         importance_cap: C, such as 2. None: off.
         entropy_coefficient: of an entropy bonus, reward per nat.
-        aggregate: a function of `aggregate`; the sum over a text's tokens is the gradient of its
-            probability.
+        aggregate: `over_tokens`, … of `rlhf_jax.aggregate`; the sum over a text's tokens makes it
+            the gradient of the text's probability.
     Use: rollouts, one optimiser step each: RLOO, and anything to be compared with theory.
     Memory: nothing beyond the log-probabilities.
 

@@ -23,11 +23,13 @@ def sampled_kl(
     As a loss they are not what they estimate: on samples of π the expected gradient of k1 is 0, of
     k2 it is ∇KL(π‖π_ref), of k3 (GRPO: Shao et al. 2024, eq. 4) ∇KL(π_ref‖π). The penalty stays
     with its own token; `rewards.minus_kl` charges earlier tokens as well. Exact: `reference_kl`.
+    π_ref is `Rollouts.reference`; without one it is the policy before the update, and so no anchor.
 
     Args:
         estimator: k1, k2 or k3; GRPO has k3.
-        coefficient: β, loss per nat; GRPO's 0.04.
-        aggregate: a function of `aggregate`: that of the policy's term.
+        coefficient: β, loss per nat; GRPO's 0.04. With `whitened` advantages in units of their
+            deviation, not of the reward.
+        aggregate: that of the policy's term: for `reinforce`, `aggregate.over_sequences`.
     Use: beside a policy gradient, when the KL shall be a loss and not a part of the reward.
     Memory: nothing beyond the log-probabilities; the reference's were stored by the rollout.
 

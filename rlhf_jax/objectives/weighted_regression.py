@@ -57,7 +57,7 @@ def weighted_regression(
         cap: the largest weight; Peng et al.'s 20. It has to lie above what exp(A/β) reaches for the
             optimum to be the tilt.
         advantage: `(scores, batch) -> [b, t]`: `of_score`, `above_value` or `of_experience`.
-        aggregate: a function of `aggregate`.
+        aggregate: `over_tokens`, … of `rlhf_jax.aggregate`.
     Use: texts with scores, nothing sampled; or samples of an older policy, several steps on each.
     Memory: log-probabilities only; `above_value` the value head.
 
@@ -66,7 +66,7 @@ def weighted_regression(
         Learner(model, partial(combine, policy=policy, value=score_value), batch="text")
     """
     if not beta > 0:
-        raise ValueError(f"beta={beta}: must be above 0; its limit at 0 is filtering.best")
+        raise ValueError(f"beta={beta}: must be above 0; its limit at 0 is selection.best_share")
     if not cap > 0:
         raise ValueError(f"cap={cap}: the largest weight, above 0")
     exponent = advantage(scores, batch) / beta
@@ -81,7 +81,7 @@ def weighted_regression(
 def self_normalised(
     scores: Scores, batch: Labeled | Experience, *, beta: float
 ) -> Labeled | Experience:
-    """Subtracts β log mean exp(A/β), so that the mean weight is 1: a learner's `prepare`.
+    """Subtracts β log mean exp(A/β), so that the mean uncapped weight is 1: a `prepare`.
 
     A is a text's score, the mean over texts; or a token's advantage, the mean over tokens. Weights
     of `above_value` are not made for it: `score_value` would learn the shifted score.
