@@ -217,6 +217,8 @@ def flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+# Orbax's reader threads may complain about the event loop that the error has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_a_damaged_step_is_an_error_that_says_how_to_resume_from_an_earlier_one(tmp_path, damage):
     state, directory = make_state(width=512), tmp_path / "checkpoints"
@@ -242,8 +244,7 @@ def test_a_damaged_step_is_an_error_that_says_how_to_resume_from_an_earlier_one(
         assert checkpoints.save(2, state)
 
 
-# Orbax's reader threads may complain about the event loop that the error has closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_no_file_of_a_step_can_be_cut_without_an_error_or_an_intact_state(tmp_path):
     state = make_state()
     with Checkpoints(tmp_path) as checkpoints:
