@@ -10,7 +10,7 @@ tenth byte is a letter, so the first 150 steps teach the reward model, alone, th
 better. Then the policy learns from it: in the first command the reward model goes on asking about
 the policy's samples, in the second it has stopped. That is the one number in which they differ.
 Expect 23 % letters and a gold score of −0.14 from the first, 38 % and −0.27 from the second, which
-its reward model takes for its best (seed 1: 25 % and 38 %). A minute and a half each, compiling included.
+its reward model takes for its best (seed 1: 25 % and 38 %). A minute and a half each.
 """
 
 from __future__ import annotations
