@@ -1,6 +1,8 @@
 """Every objective obeys every law; and every law is broken by an objective made to break it."""
 
+import ast
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from flax import struct
 from jaxtyping import Array, Float
 
-from rlhf_jax import masked
+from rlhf_jax import masked, objectives
 from rlhf_jax.aggregate import (
     over_ends,
     over_length,
@@ -367,3 +369,29 @@ def test_no_metric_of_ppo_is_needed_to_compute_its_loss():
     with_entropy = ppo(Scores(logp=batch.logp, entropy=-batch.logp), batch)
     np.testing.assert_array_equal(without.loss, with_entropy.loss)
     assert "entropy" in with_entropy.metrics
+
+
+FOLDER = Path(objectives.__file__).parent
+KNOWN = {"__future__", "collections", "dataclasses", "functools", "math", "types", "typing"}
+KNOWN |= {"jax", "jaxtyping", "numpy"}
+OURS = {"masked", "types", "aggregate", "ratios", "comparisons", "advantages", "objectives"}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_an_objective_knows_no_model_no_mesh_no_key_and_no_mean(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= KNOWN
+        elif isinstance(node, ast.ImportFrom) and node.module == "rlhf_jax":
+            assert {alias.name for alias in node.names} <= OURS
+        elif isinstance(node, ast.ImportFrom):
+            top, _, rest = node.module.partition(".")
+            assert rest.split(".")[0] in OURS if top == "rlhf_jax" else top in KNOWN
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "mean":
+            # Along one axis of an array (members of a group) it is part of a formula. Over rows it
+            # would be the trainer's business: only a `prepare` may, which sees the whole batch.
+            functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)]
+            inside = {f.name for f in functions if node in ast.walk(f)}
+            along = any(keyword.arg == "axis" for keyword in node.keywords)
+            assert along or inside <= {"kto_reference", "self_normalised"}
