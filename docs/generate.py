@@ -71,6 +71,23 @@ BESIDE: dict[str, tuple[object, str]] = {
     "Acquisition": (acquisition, "which comparison, or which premise, to ask about"),
 }
 
+PRESETS = """\
+A `Preset` holds numbers: `partial(ppo, **presets.ZIEGLER_2019.ppo)`. A `Variant` is a method without
+a critic: its objective goes to the learner, its advantage to the rollouts, beside what you set:
+
+```python
+Learner(model, presets.GRPO.objective)
+Rollouts(
+    reward=reward,
+    length=64,
+    samples=8,  # per prompt
+    advantage=presets.GRPO.advantage,
+    value=None,  # no critic
+    kl=KL(0.0, adaptive=False),  # GRPO's KL is in its objective
+)
+```
+"""
+
 # Functions that other modules share, and nobody needs for an experiment.
 INTERNAL = {"edges_of", "bin_of", "inserted", "boundaries", "alike", "check", "begin", "answer"}
 INTERNAL |= {"World", "Answer", "Kept", "distribution"}
@@ -167,6 +184,7 @@ def _variants() -> str:
     for name, one in vars(presets).items():
         if hasattr(one, "source") and not inspect.isclass(one):
             lines.append(f"| `{name}` | {one.source} |")
+    lines += ["", PRESETS]
     return "\n".join(lines) + "\n"
 
 

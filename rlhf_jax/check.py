@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
+from rlhf_jax.objectives.presets import Variant
 from rlhf_jax.sharding import mesh_shape
 
 
@@ -55,6 +56,14 @@ def check(config: Config, *, devices: int) -> None:
     if both := set(config.learners) & set(config.frozen):
         raise ConfigError(f"{', '.join(both)}: both a learner and frozen; rename one")
     for name, learner in config.learners.items():
+        if not callable(learner.objective):
+            hint = ""
+            if isinstance(learner.objective, Variant):
+                hint = (
+                    "; a preset's is PRESET.objective, beside Rollouts(advantage=PRESET.advantage, "
+                    "samples=…, value=None, kl=KL(0.0, adaptive=False))"
+                )
+            raise ConfigError(f"learners.{name}.objective is not a function{hint}")
         exists(learner.batch, streams, f"learners.{name}.batch")
         for other in learner.scores:
             exists(other, known, f"learners.{name}.scores")
@@ -125,9 +134,14 @@ def _check_calls(value, path):
 def _check_rollouts(config, spec, exists):
     exists(spec.prompts, set(config.data), "rollouts.prompts")
     exists(spec.policy, set(config.models), "rollouts.policy")  # frozen: a teacher's samples
-    for role in ("reference", "value"):
-        if getattr(spec, role) is not None:
-            exists(getattr(spec, role), set(config.models), f"rollouts.{role}")
+    if spec.value is not None and spec.value not in config.models:
+        valid = ", ".join(sorted(config.models))
+        raise ConfigError(
+            f"rollouts.value: there is no {spec.value!r}; valid: {valid}, "
+            "or None for no critic (then with advantage=leave_one_out, group_relative, …)"
+        )
+    if spec.reference is not None:
+        exists(spec.reference, set(config.models), "rollouts.reference")
     if not config.models[spec.policy].lm_head:
         raise ConfigError(f"rollouts.policy: the model of {spec.policy!r} has no lm_head")
     if spec.value is not None and not config.models[spec.value].value_head:

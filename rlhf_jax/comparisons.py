@@ -43,8 +43,8 @@ def log_ratio(
     """
     if reference not in scores.others:
         raise ValueError(
-            f'this objective needs scores=("{reference}",) on its learner, and those weights in '
-            f"Config.frozen; it has {sorted(scores.others)}"
+            f'this objective needs scores=("{reference}",) on its learner (a learner or a frozen '
+            f"tree of that name); it scores {sorted(scores.others) or 'nobody'}"
         )
     mask = batch.mask
     if isinstance(batch, Pairs):

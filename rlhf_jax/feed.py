@@ -41,6 +41,11 @@ def looked_at(config: Config, name: str, batch: Any) -> Any:
         RunError: if no model could learn from it, saying why.
     """
     if isinstance(batch, Prompts):
+        if config.rollouts is None or name != config.rollouts.prompts:
+            raise RunError(
+                f"data {name!r} makes Prompts, which only the rollouts read (rollouts.prompts); a "
+                "learner needs texts or pairs: streams.text, streams.pairs"
+            )
         return _prompts(config, name, batch)
     mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
     if mask[..., 0].any():

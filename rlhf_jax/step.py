@@ -153,7 +153,7 @@ def _terms(scores, part, learner) -> dict[str, Terms]:
 def _scored(params, frozen, part, learner, models):
     models = {"self": learner.model, **{name: models[name] for name in frozen}}
     trees = {"self": params, **frozen}
-    with _fitting(learner.vocab, part):
+    with _fitting(learner.vocab or learner.objective, part):
         return score(trees, part, models=models, vocab=learner.vocab, chunk=learner.chunk)
 
 

@@ -1,5 +1,6 @@
 """Batches made from other batches of the step, statistics over a whole batch, tagged prompts."""
 
+import inspect
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,17 @@ from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.objectives import dpo, energy, kto, mismatched, mle, reward_model
+from rlhf_jax.objectives import (
+    dpo,
+    energy,
+    ipo,
+    kto,
+    mismatched,
+    mle,
+    orpo,
+    presets,
+    reward_model,
+)
 from rlhf_jax.optimizer import sgd
 from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
@@ -27,7 +38,7 @@ from rlhf_jax.rollout import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.step import Misfit, evaluate, update
 from rlhf_jax.train import RunError
-from rlhf_jax.types import Contrast, Labeled, Pairs, Sequences, Terms
+from rlhf_jax.types import Contrast, Labeled, Pairs, Scores, Sequences, Terms
 
 POLICY = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)
 SCALAR = replace(POLICY, lm_head=False, value_head=True)
@@ -306,6 +317,28 @@ def test_what_does_not_fit_says_what_would(case):
     objective, batch, fields, message = MISFITS[case]
     with pytest.raises(Misfit, match=message):
         first_loss(objective, batch, **fields)
+
+
+@pytest.mark.parametrize("objective", [dpo, ipo, orpo, reward_model], ids=lambda x: x.__name__)
+def test_comparisons_are_groups_for(objective):
+    unchecked = inspect.unwrap(objective)  # tests check classes by annotation, users' runs do not
+    scores = Scores(logp=jnp.zeros((16, 12)), reward=jnp.zeros((16, 12)))
+    scores = scores.replace(others={"reference": scores})
+    with pytest.raises(ValueError, match=r"needs comparisons \[n, k, t\], not Labeled of shape"):
+        unchecked(scores, jax.tree.map(jnp.asarray, toys.labeled()))
+
+
+def test_prompts_are_for_rollouts(tmp_path):
+    learner = replace(CONFIG.learners["policy"], batch="prompts")
+    config = replace(CONFIG, learners={"policy": learner}, rollouts=None, derived={})
+    with pytest.raises(RunError, match="'prompts' makes Prompts, which only the rollouts read"):
+        run(config, tmp_path)
+
+
+def test_a_variant_is_not_an_objective():
+    learner = replace(CONFIG.learners["policy"], objective=presets.GRPO)
+    with pytest.raises(ConfigError, match=r"policy\.objective is not .* PRESET\.objective"):
+        check(replace(CONFIG, learners={"policy": learner}), devices=1)
 
 
 def test_comparisons_are_groups():

@@ -42,9 +42,9 @@ def dpo(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing}: a share of wrong labels, from 0 to below 1")
+    weight = comparisons.whole(batch).astype(jnp.float32)
     reward = beta * comparisons.log_ratio(scores, batch, reference=reference, reduce=reduce)
     loss = comparisons.first_is_best(reward)
     if smoothing:  # −log p_j = −log p_0 + (reward_0 − reward_j)
         loss = loss + smoothing * (reward[:, :1] - reward[:, 1:]).mean(axis=-1)
-    weight = comparisons.whole(batch).astype(jnp.float32)
     return Terms(loss, weight, metrics=comparisons.metrics(reward))

@@ -38,7 +38,7 @@ def ipo(
     """
     if not tau > 0:
         raise ValueError(f"tau={tau}: must be above 0")
+    weight = comparisons.whole(batch).astype(jnp.float32)
     ratio = comparisons.log_ratio(scores, batch, reference=reference, reduce=reduce)
     loss = ((ratio[:, :1] - ratio[:, 1:] - 0.5 / tau) ** 2).mean(axis=-1)
-    weight = comparisons.whole(batch).astype(jnp.float32)
     return Terms(loss, weight, metrics=comparisons.metrics(tau * ratio))

@@ -1,4 +1,4 @@
-"""Numbers that others published, to spread into a config: `partial(ppo, **ZIEGLER_2019.ppo)`.
+"""What others published: numbers to spread, `partial(ppo, **ZIEGLER_2019.ppo)`, and variants.
 
 Each was read in the source that it names. What a source leaves open is not here.
 """
