@@ -72,7 +72,7 @@ BESIDE: dict[str, tuple[object, str]] = {
 }
 
 PRESETS = """\
-A `Preset` holds numbers: `partial(ppo, **presets.ZIEGLER_2019.ppo)`. A `Variant` is a method without
+A `Preset` is numbers: `partial(ppo, **presets.ZIEGLER_2019.ppo)`. A `Variant` is a method without
 a critic: its objective goes to the learner, its advantage to the rollouts, beside what you set:
 
 ```python
