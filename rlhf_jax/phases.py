@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from rlhf_jax import environment, sharding, step
-from rlhf_jax.config import Config, Learner
+from rlhf_jax.config import Config, Learner, Rollouts
 from rlhf_jax.rollout import generate
-from rlhf_jax.types import Control, LearnerState, Params, Prompts, Sequences, TrainState
+from rlhf_jax.types import Control, LearnerState, Params, Prompts, Rollout, Sequences, TrainState
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
         shapes = {name: jax.eval_shape(init_of[name], jax.random.key(0)) for name in names}
         environment.check(spec.environment, shapes)
     if spec is not None:
-        sample = jax.jit(
-            partial(
-                _generate,
-                model=models[spec.policy],
-                length=spec.length,
-                transform=spec.transform,
-                environment=spec.environment,
-            ),
-            out_shardings=rows,
-        )
+        sample = jax.jit(partial(sampled, model=models[spec.policy], spec=spec), out_shardings=rows)
         reward = spec.reward
         if not getattr(reward, "on_host", False):
             reward = jax.jit(reward, out_shardings=rows)
@@ -140,12 +131,22 @@ def build(config: Config, mesh: Mesh) -> Phases:
     )
 
 
-def _generate(
-    params: Params, prompts: Prompts, key: Array, sampling, context=None, *, transform, **bound
-):
-    if transform is not None:
-        prompts = transform(prompts, jax.random.fold_in(key, TRANSFORM))
-    return generate(params, prompts, key, sampling=sampling, context=context, **bound)
+def sampled(
+    params: Params, prompts: Prompts, key: Array, sampling, context=None, *, model, spec: Rollouts
+) -> Rollout:
+    """Prompts, transformed if the rollouts say so, and what the policy says to them."""
+    if spec.transform is not None:
+        prompts = spec.transform(prompts, jax.random.fold_in(key, TRANSFORM))
+    return generate(
+        params,
+        prompts,
+        key,
+        model=model,
+        length=spec.length,
+        sampling=sampling,
+        environment=spec.environment,
+        context=context,
+    )
 
 
 def samples_of(prompts: Prompts, n: int) -> Prompts:

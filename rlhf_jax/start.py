@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,29 +15,59 @@ from rlhf_jax.models import weights
 from rlhf_jax.phases import Phases
 from rlhf_jax.types import Params, TrainState
 
+# Where the weights of a stage are: the directory of its run, or here, by learner.
+Stage = Path | Mapping[str, Params]
 
-def begin(config: Config, phases: Phases, stages: Mapping[str, Path]):
+
+def begin(config: Config, phases: Phases, stages: Mapping[str, Stage]):
     """The state before the first step, with the weights that learners and frozen trees start from.
 
     Raises:
         ConfigError: if weights are missing or do not fit.
     """
-    state = phases.init(config.seed)
-    learners = dict(state.learners)
-    for name, learner in config.learners.items():
-        if learner.start is not None:
-            source = _source(learner.start, stages, f"learners.{name}.start", learners)
-            target = learners[name].params
-            params = _filled(target, source, f"learners.{name}", learner.start, learner.model)
-            learners[name] = learners[name].replace(params=params)
-    frozen = {}
-    for name, spec in config.frozen.items():
-        model = config.models[name]
+
+    def fresh(model):
         shape = jax.eval_shape(model.init, jax.random.key(0))
         parts = sharding.shardings(shape, phases.mesh)
-        target = jax.jit(model.init, out_shardings=parts)(jax.random.key(0))
-        source = _source(spec.start, stages, f"frozen.{name}.start", learners)
-        frozen[name] = _filled(target, source, f"frozen.{name}", spec.start, model)
+        return jax.jit(model.init, out_shardings=parts)(jax.random.key(0))
+
+    return filled(config, phases.init(config.seed), stages, fresh=fresh)
+
+
+def filled(
+    config: Config,
+    state: TrainState,
+    stages: Mapping[str, Stage],
+    *,
+    fresh: Callable[[Any], Params],
+    each: Callable[[Callable], Callable] = lambda fn: fn,
+):
+    """A fresh state with the weights it starts from, and the frozen trees: (state, frozen).
+
+    `fresh(model)` makes a tree for a frozen model to be filled; `each` lifts a function of one tree
+    to what trees are here, such as `jax.vmap` where seeds are stacked in front.
+    """
+    learners = dict(state.learners)
+
+    def started(target, start, model, where):
+        source = _source(start, stages, f"{where}.start", learners)
+        if hasattr(model, "part_of"):  # a probe reads some of the source's layers
+            source = each(model.part_of)(source)
+        try:
+            return weights.fill(target, source, origin=start.path or start.stage or start.learner)
+        except ValueError as error:
+            raise ConfigError(f"{where}.start: {error}") from error
+
+    for name, learner in config.learners.items():
+        if learner.start is not None:
+            params = learners[name].params
+            params = started(params, learner.start, learner.model, f"learners.{name}")
+            learners[name] = learners[name].replace(params=params)
+    frozen = {
+        name: started(fresh(model), spec.start, model, f"frozen.{name}")
+        for name, spec in config.frozen.items()
+        for model in [config.models[name]]
+    }
     return state.replace(learners=learners), frozen
 
 
@@ -48,24 +79,19 @@ def _source(start: From, stages, where, learners) -> Params:
             raise ConfigError(f"{where}: {error}") from error
     if start.path is not None:
         return restore_params(Path(start.path), start.learner)
+    given = learners
     if start.stage is not None:
         if start.stage not in stages:
             raise ConfigError(
                 f"{where}: no earlier stage {start.stage!r}; there are {sorted(stages) or 'none'}"
             )
-        return restore_params(stages[start.stage], start.learner)
-    if start.learner not in learners:
-        raise ConfigError(f"{where}: no learner {start.learner!r}; valid: {sorted(learners)}")
-    return learners[start.learner].params
-
-
-def _filled(target, source, where, start, model):
-    if hasattr(model, "part_of"):  # a probe reads some of the source's layers
-        source = model.part_of(source)
-    try:
-        return weights.fill(target, source, origin=start.path or start.stage or start.learner)
-    except ValueError as error:
-        raise ConfigError(f"{where}.start: {error}") from error
+        given = stages[start.stage]
+        if not isinstance(given, Mapping):
+            return restore_params(given, start.learner)
+    if start.learner not in given:
+        raise ConfigError(f"{where}: no learner {start.learner!r}; valid: {sorted(given)}")
+    found = given[start.learner]
+    return found.params if start.stage is None else found
 
 
 def abstract_state(config: Config, phases: Phases) -> TrainState:

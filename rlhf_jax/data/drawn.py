@@ -1,0 +1,61 @@
+"""A stream whose batches a pure function makes: a toy, a simulator."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+
+import grain
+import jax
+import numpy as np
+
+from rlhf_jax.data import DataError
+from rlhf_jax.types import Prompts, Sequences
+
+
+def drawn(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    draw: Callable[[jax.Array, int], Sequences | Prompts],
+    salt: int = 0,
+) -> grain.IterDataset:
+    """Batches of `draw(key, rows)`, a function in JAX; batch s is the same on every mesh.
+
+    `salt` keeps apart two streams of one run that draw with the same function. A study whose seeds
+    train in one program calls `draw` inside it, with the same keys.
+    """
+    index, count = shard
+    if batch % count:
+        raise DataError(
+            f"batch={batch} does not divide over {count} processes; "
+            f"use a multiple of {count}, such as {-(-batch // count) * count}"
+        )
+    mine = slice(index * batch // count, (index + 1) * batch // count)
+    source = grain.MapDataset.source(_Drawn(jax.jit(partial(draw, rows=batch)), seed, salt, mine))
+    return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def drawn_key(seed: int | jax.Array, place: int | jax.Array, salt: int = 0) -> jax.Array:
+    """The key of batch `place` of a drawn stream."""
+    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"drawn") & 0x7FFFFFFF)
+    return jax.random.fold_in(jax.random.fold_in(root, salt), place)
+
+
+class _Drawn:
+    """This process's rows of every batch."""
+
+    def __init__(self, draw, seed: int, salt: int, mine: slice):
+        self.draw, self.seed, self.salt, self.mine = draw, seed, salt, mine
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, at: int):
+        batch = self.draw(drawn_key(self.seed, int(at), self.salt))
+        return jax.tree.map(lambda x: np.asarray(x)[self.mine], batch)
+
+    def __repr__(self) -> str:
+        return f"batches drawn with seed {self.seed}"
