@@ -73,13 +73,14 @@ class Together:
         self.done = 0
         self._place = _placement(len(seeds))
         self.seeds = self._place(jnp.asarray(seeds, jnp.uint32))
-        state = jax.jit(jax.vmap(partial(phases.init, config=config)))(self.seeds)
+        start = jax.vmap(partial(phases.init, config=config))
+        # Run once: what compiles fastest is best.
+        state = jax.jit(start, compiler_options={"xla_backend_optimization_level": 0})(self.seeds)
 
-        def fresh(model):
-            # Every seed the same: what a head that no source has starts from does not matter.
-            params = model.init(jax.random.key(0))
-            stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.count, *x.shape)), params)
-            return self._place(stacked)
+        def fresh(model):  # to be filled; heads that a frozen tree's source lacks are 0
+            shapes = jax.eval_shape(model.init, jax.random.key(0))
+            zeros = jax.tree.map(lambda x: np.zeros((self.count, *x.shape), x.dtype), shapes)
+            return self._place(jax.tree.map(jnp.asarray, zeros))
 
         self.state, self.frozen = filled(
             config, self._place(state), stages, fresh=fresh, each=jax.vmap
@@ -131,7 +132,8 @@ def _placement(seeds: int) -> Callable[[Any], Any]:
     """Seeds over the devices if they divide evenly, else all on the first."""
     devices = jax.local_devices()
     if len(devices) == 1 or seeds % len(devices):
-        return lambda tree: tree
+        # Committed there from the start: what a program returns is, and it compiles only once.
+        return lambda tree: jax.device_put(tree, devices[0])
     mesh = jax.make_mesh((len(devices),), ("seed",), axis_types=(AxisType.Auto,), devices=devices)
     split = NamedSharding(mesh, P("seed"))
     return lambda tree: jax.device_put(tree, split)
