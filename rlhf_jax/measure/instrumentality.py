@@ -1,4 +1,4 @@
-"""Does a policy choose now for the sake of later? An index, a horizon, and two toys with answers."""
+"""Does a policy choose now for the sake of later? An index, and two toys with known answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 
-def instrumentality(share: float, *, myopic: float, full: float) -> float:
+def instrumentality_index(share: float, *, myopic: float, full: float) -> float:
     """ι = (logit P − logit P_myopic)/(logit P_full − logit P_myopic): 0 looks at now, 1 at all.
 
     P is the share of the choice that pays later; the other two are where the arm's objective leads
@@ -23,7 +23,10 @@ def instrumentality(share: float, *, myopic: float, full: float) -> float:
             f"myopic={myopic} and full={full}: two different shares between 0 and 1; if both "
             "horizons lead to the same share, it tells nothing about the horizon"
         )
-    return (logit(np.asarray(share, np.float64)) - near) / (far - near)
+    share = np.asarray(share, np.float64)
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"a share is between 0 and 1, not {share}")
+    return (logit(share) - near) / (far - near)
 
 
 def abruptness(first: float, last: float) -> float:
@@ -60,23 +63,23 @@ class PredictableFuture:
 
     @property
     def odds(self) -> float:
-        """log b/a: the log-odds of B in the data."""
+        """Log-odds of B in the data, log b/a."""
         return math.log((1 - self.first) / self.first)
 
     def likelihood(self) -> float:
-        """B = 1 − first: the data's conditionals are the optimum, whatever comes later."""
+        """P(B) = b = 1 − first: the data's conditionals are the optimum, whatever comes later."""
         return 1 - self.first
 
     def token_temperature(self, temperature: float) -> float:
-        """b^{1/τ}/(a^{1/τ} + b^{1/τ}): a sampler's temperature acts on one token at a time."""
+        """P(B) = b^{1/τ}/(a^{1/τ} + b^{1/τ}): a sampler's heat, token by token."""
         return self.with_horizon(1, temperature=temperature)
 
     def sequence_temperature(self, temperature: float) -> float:
-        """b^{1/τ}/(b^{1/τ} + a^{1/τ} K^{m(1−1/τ)}): p^{1/τ}/Z over texts; MaxEnt RL on log p."""
+        """P(B) = b^{1/τ}/(b^{1/τ} + a^{1/τ} K^{m(1−1/τ)}): p^{1/τ}/Z, MaxEnt on log p."""
         return self.with_horizon(1 + self.length, temperature=temperature)
 
     def with_horizon(self, horizon: float, *, temperature: float) -> float:
-        """logit P(B) = (1/τ)[log(b/a) + (h − 1)(1 − τ) log K]: MaxEnt on log p of h tokens.
+        """P(B) = σ((1/τ)[log(b/a) + (h − 1)(1 − τ) log K]): MaxEnt on log p of h tokens.
 
         Each key after A costs log K nats of likelihood, of which entropy pays τ log K back.
         """
@@ -97,7 +100,7 @@ class PredictableFuture:
         return float(1 + (temperature * logit(share) - self.odds) / later)
 
     def tilted(self, beta: float) -> float:
-        """b e/(b e + a ((1 − 1/K) + e/K)), e = exp(1/β): KL-RL paid 1 for a last token 0.
+        """P(B) = b e/(b e + a ((1 − 1/K) + e/K)), e = exp(1/β): KL-RL paid 1 for a last token 0.
 
         The reward says nothing of A and B, but behind B it is free.
         """
@@ -105,13 +108,13 @@ class PredictableFuture:
         return self._against((1 - 1 / self.keys) * math.exp(gain) + 1 / self.keys)
 
     def conditioned(self) -> float:
-        """b/(b + a/K): told that the last token is 0. The limit β → 0 of `tilted`."""
+        """P(B) = b/(b + a/K): told that the last token is 0. The limit β → 0 of `tilted`."""
         return self._against(1 / self.keys)
 
     def best_of_n(self, n: int) -> float:
-        """1 − aⁿ: the likeliest of n own samples is the one after B, if it is the likeliest text.
+        """P(B) = 1 − aⁿ: the likeliest of n own samples, where the text of B is the likeliest.
 
-        If each text after A is likelier, bⁿ; if they tie, b.
+        Where each text of A is likelier, bⁿ; where they tie, b.
         """
         if n < 1:
             raise ValueError(f"best of {n}: needs at least 1 sample")
@@ -121,7 +124,7 @@ class PredictableFuture:
         return 1 - self.first**n if ahead > 0 else self.likelihood() ** n
 
     def greedy_flip(self) -> float:
-        """γ* above which greedy RL on discounted log p takes B: log K Σ_{k≤m} γᵏ = log(a/b).
+        """The γ* above which greedy RL on discounted log p takes B: log K Σ_{k≤m} γᵏ = log(a/b).
 
         0 if B is the likelier start already; inf if no discount up to 1 is enough.
         """
@@ -188,7 +191,7 @@ class PunishedFuture:
         return float(expit(logit(p) + self.reward / _positive(beta, "beta")))
 
     def _log_value(self, p, beta):
-        """log E[exp(R/β)] behind a start."""
+        """The log E[exp(R/β)] behind a start."""
         return float(np.logaddexp(math.log1p(-p), math.log(p) + self.reward / beta))
 
     def _avoided(self, share, beta):
