@@ -17,7 +17,7 @@ from rlhf_jax.page import details, number, text
 from rlhf_jax.study.design import Claim, Study
 from rlhf_jax.study.results import NotRun, Results, ResultsError
 from rlhf_jax.study.verdicts import Estimate, Verdict, estimates, judge
-from rlhf_jax.study.words import answer, duration, interval, rule, surprises
+from rlhf_jax.study.words import answer, duration, interval, remark, rule, surprises
 
 COLOUR = {"supported": "good", "refuted": "bad", "undecided": "warn", "not run": "soft"}
 DOTS = 170  # per inch of the figure
@@ -25,12 +25,14 @@ CARD = (
     "background:#fff;color:#333;border:1px solid var(--line);border-radius:8px;"
     "padding:1rem;max-width:60rem"
 )
+WHOLE = "white-space:nowrap"
 HOW = (
-    "A claim speaks of the mean of one number per seed. Exact sign-flip tests over the paired seeds "
-    "support it if they put the mean inside the prediction, refute it if they put it outside (or "
-    "outside of the wider interval named there), and leave it undecided otherwise; p, corrected by "
-    "Holm for {family}, must be below .05. Intervals are bootstrap-t over seeds. d is how far the "
-    "mean lies from the nearest bound of the prediction, in standard deviations of the seeds."
+    "A claim speaks of the mean of one number per seed. Exact sign-flip tests over the paired "
+    "seeds support it if they put the mean inside the prediction, refute it if they put it outside "
+    "(or outside of the wider interval named there), and leave it undecided otherwise; p, "
+    "corrected by Holm for {family}, must be below .05. Intervals are bootstrap-t over seeds. d is "
+    "how far the mean lies from the nearest bound of the prediction, in standard deviations of the "
+    "seeds."
 )
 
 
@@ -81,8 +83,9 @@ def _page(study: Study, results: Results, record: Mapping[str, Any], picture: by
     body = [
         f'<header><h1>{text(study.name)}</h1><p class="lead">{text(study.question)}</p></header>',
         f'<p class="lead"><b>{text(answer(verdicts))}</b></p>',
+        _claims(verdicts) if verdicts else "",
         _figure(study, picture),
-        _primaries(verdicts),
+        _primaries(verdicts) if verdicts else "",
         _surprises(verdicts, others),
         _secondary(others),
         _arms(study, results, record),
@@ -90,6 +93,16 @@ def _page(study: Study, results: Results, record: Mapping[str, Any], picture: by
         _record(record),
     ]
     return html.page(study.name, "\n".join(part for part in body if part))
+
+
+def _claims(verdicts: Sequence[Verdict]) -> str:
+    """What became of each claim, to be read before the figure."""
+    lines = (
+        f"<li><p>{_coloured(v.verdict)}: {text(v.claim.says)} "
+        f'<span class="soft">({text(v.claim.name)})</span></p></li>'
+        for v in verdicts
+    )
+    return f"<ul>{''.join(lines)}</ul>"
 
 
 def _figure(study: Study, picture: bytes | None) -> str:
@@ -106,11 +119,11 @@ def _figure(study: Study, picture: bytes | None) -> str:
 def _primaries(verdicts: Sequence[Verdict]) -> str:
     rows = []
     for v in verdicts:
-        note = f"<small>{text(v.note)}</small>" if v.note else ""
+        note = f"<small>{text(remark(v))}</small>" if v.note else ""
         effect = f"<small>d = {number(v.effect)}</small>" if math.isfinite(v.effect) else ""
         rows.append(
             (
-                f"<b>{text(v.claim.name)}</b>",
+                _name(v.claim),
                 text(v.claim.says),
                 number(v.estimate) + effect,
                 interval(v),
@@ -119,10 +132,10 @@ def _primaries(verdicts: Sequence[Verdict]) -> str:
                 str(v.n),
                 number(v.p),
                 number(v.p_adjusted),
-                f'<b class="{COLOUR[v.verdict]}">{v.verdict}</b>{note}',
+                _coloured(v.verdict) + note,
             )
         )
-    head = ("", "claim", "estimate", "95 % interval", "unit", "predicted", "n", "p", "Holm p")
+    head = ("name", "claim", "estimate", "95 % interval", "unit", "predicted", "n", "p", "Holm p")
     how = HOW.format(family="1 claim" if len(verdicts) == 1 else f"{len(verdicts)} claims")
     if any(v.verdict == "not run" for v in verdicts):
         how += " Claims that were not run count in that number, too."
@@ -153,7 +166,7 @@ def _secondary(others: Sequence[Estimate]) -> str:
     colour = {"inside": "good", "outside": "bad"}
     rows = [
         (
-            f"<b>{text(e.claim.name)}</b>",
+            _name(e.claim),
             text(e.claim.says),
             number(e.estimate),
             interval(e),
@@ -164,7 +177,7 @@ def _secondary(others: Sequence[Estimate]) -> str:
         )
         for e in others
     ]
-    head = ("", "claim", "estimate", "95 % interval", "unit", "predicted", "interval lies")
+    head = ("name", "claim", "estimate", "95 % interval", "unit", "predicted", "interval lies")
     return (
         "<h2>Secondary claims</h2><p>Estimates without a verdict: with a few seeds no more claims "
         "than the ones above can be decided.</p>"
@@ -183,10 +196,10 @@ def _arms(study: Study, results: Results, record: Mapping[str, Any]) -> str:
         time = _time(seconds, name) if name in results.arms else "not run"
         rows.append((text(name), text(arm.says), steps, time))
     seeds = len(results.seeds)
-    total = f" in {duration(sum(seconds.values()))}" if seconds else ""
+    total = f" Together {duration(sum(seconds.values()))}." if seconds else ""
     return (
-        f"<h2>The arms</h2><p>{seeds} seed{'' if seeds == 1 else 's'} of each{total}. A seed means "
-        "the same data, starting weights and random numbers in every arm.</p>"
+        f"<h2>The arms</h2><p>{seeds} seed{'' if seeds == 1 else 's'} of each, paired: a seed "
+        f"stands for the same base, data and random numbers in every arm.{total}</p>"
         + html.table(("arm", "what it is", "steps", "time"), rows, numbers=(2, 3), kind="texts")
     )
 
@@ -217,6 +230,14 @@ def _record(record: Mapping[str, Any]) -> str:
             shown += f"<h3>{heading}</h3>{_pre(record[name])}"
     shown += '<p class="soft">Every number stands in results.jsonl beside this page.</p>'
     return f"<h2>How it was made</h2>{details('Command, versions, settings', shown)}"
+
+
+def _name(claim: Claim) -> str:
+    return f'<b style="{WHOLE}">{text(claim.name)}</b>'
+
+
+def _coloured(verdict: str) -> str:
+    return f'<b class="{COLOUR[verdict]}" style="{WHOLE}">{verdict}</b>'
 
 
 def _rule(claim: Claim) -> str:

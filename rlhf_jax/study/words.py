@@ -15,6 +15,8 @@ ORDER = ("supported", "refuted", "undecided", "not run")
 def answer(verdicts: Sequence[Verdict]) -> str:
     """The verdicts in a sentence or two."""
     parts, of = [], len(verdicts)
+    if not verdicts:
+        return "Nothing was claimed beforehand."
     for verdict in ORDER:
         names = [v.claim.name for v in verdicts if v.verdict == verdict]
         if not names:
@@ -22,7 +24,8 @@ def answer(verdicts: Sequence[Verdict]) -> str:
         was = "" if verdict == "not run" else "is " if len(names) == 1 else "are "
         was += ("was " if len(names) == 1 else "were ") * (not was) + verdict
         if len(names) == of:
-            parts = [f"The one claim {was}" if of == 1 else f"All {of} claims {was}"]
+            whole = {1: "The one claim", 2: "Both claims"}.get(of, f"All {of} claims")
+            parts.append(f"{whole} {was}")
         else:
             whole = f"{len(names)} of {of} claims" if not parts else str(len(names))
             parts.append(f"{whole} {was} ({', '.join(names)})")
@@ -44,10 +47,9 @@ def surprises(verdicts: Sequence[Verdict], others: Sequence[Estimate]) -> list[s
         if v.verdict == "refuted":
             found.append(f"{name} is refuted: {says}; found: {estimate(v)}.")
         elif v.verdict == "undecided" and not v.note:
-            where = "lies there" if v.inside else "does not lie there"
             found.append(
-                f"{name} is undecided: {says}; the estimate, {estimate(v)}, {where}, but p is "
-                f"{number(v.p_adjusted)} after correction."
+                f"{name} is undecided: {says}; found: {estimate(v)}, which {v.n} seeds do not "
+                f"settle (p {number(v.p_adjusted)} after correction)."
             )
         elif v.verdict == "undecided" and not v.inside:  # of seeds that cannot decide
             found.append(f"{name}: {says}; found: {estimate(v)}, though {v.note}.")
@@ -60,7 +62,17 @@ def surprises(verdicts: Sequence[Verdict], others: Sequence[Estimate]) -> list[s
 
 def table(verdicts: Sequence[Verdict]) -> str:
     """The primaries as a Markdown table."""
-    head = ("", "claim", "predicted", "estimate", "95 % interval", "n", "p", "Holm p", "verdict")
+    head = (
+        "name",
+        "claim",
+        "predicted",
+        "estimate",
+        "95 % interval",
+        "n",
+        "p",
+        "Holm p",
+        "verdict",
+    )
     rows = [
         (
             v.claim.name,
@@ -71,7 +83,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
             str(v.n),
             number(v.p),
             number(v.p_adjusted),
-            v.verdict + (f" ({v.note})" if v.note else ""),
+            v.verdict + (f" ({remark(v)})" if v.note else ""),
         )
         for v in verdicts
     ]
@@ -106,9 +118,18 @@ def estimate(found: Verdict | Estimate) -> str:
     return f"{number(found.estimate)}{between} {found.claim.unit}".strip()
 
 
+def remark(found: Verdict) -> str:
+    """Beside a verdict that seeds are too few for: what the estimate says all the same."""
+    if not found.n:
+        return found.note
+    return f"the estimate lies {'where' if found.inside else 'elsewhere than'} predicted"
+
+
 def duration(seconds: float) -> str:
     """In minutes from two on."""
-    return f"{number(float(seconds))} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def joined(parts: Sequence[str]) -> str:
