@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, report, show.
+"""The command line: train, study, sample, eval, report, show.
 
 A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
 that a signal stopped, its state saved, with 0.
@@ -24,11 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlhf_jax.data import DataError
     from rlhf_jax.report import ReportError
     from rlhf_jax.rewards import RewardError
+    from rlhf_jax.study.results import ResultsError
     from rlhf_jax.train import RunError
 
     try:
         options.run(options)
-    except (ConfigError, DataError, ReportError) as error:
+    except (ConfigError, DataError, ReportError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, RewardError, CheckpointError, OSError) as error:
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
+    study = command("study", _study, "run a study: arms × seeds, verdicts and one page")
+    experiment(study)
+    study.add_argument("--preset", default="cpu", help="settings of the file; default: cpu")
+    study.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    study.add_argument("--arms", metavar="A,B", help="some of the arms; default: all of the preset")
+    study.add_argument("--seeds", metavar="N", help="the first N seeds, or some: 0,3,5")
+
     sample = command("sample", _sample, "let a trained policy write")
     run_directory(sample)
     sample.add_argument("--prompt", action="append", help="how the text begins; may be repeated")
@@ -102,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     run_directory(evaluate)
 
     report = command("report", _report, "write one HTML page about a run")
-    report.add_argument("directory", metavar="RUN", help="the --out of a train command")
+    report.add_argument("directory", metavar="RUN", help="the --out of a train or study command")
+    report.add_argument("--file", help="the study's file, if it has moved")
 
     show = command("show", _show, "print an experiment with all its numbers, and its batch plan")
     experiment(show)
@@ -117,10 +126,29 @@ def _train(options) -> None:
     print(f"report: {report(out)}", flush=True)
 
 
+def _study(options) -> None:
+    from rlhf_jax.study import command
+
+    arms = None if options.arms is None else [name.strip() for name in options.arms.split(",")]
+    command.run(
+        options.file,
+        options.settings,
+        options.out,
+        preset=options.preset,
+        arms=arms,
+        seeds=options.seeds,
+    )
+
+
 def _report(options) -> None:
     from rlhf_jax.report import report
+    from rlhf_jax.study import command
 
-    print(report(Path(options.directory)))
+    directory = Path(options.directory)
+    if (directory / "study.json").is_file():
+        print(command.report(directory, file=options.file))
+    else:
+        print(report(directory))
 
 
 def _show(options) -> None:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlhf_jax.config import Config, ConfigError, Pipeline
@@ -23,6 +24,34 @@ def load(file: str | Path) -> Config | Pipeline:
     Raises:
         ConfigError: if there is no such file, no `config` in it, or it returns something else.
     """
+    value = _called(file, _module(file))
+    if type(value).__name__ == "Study":
+        raise ConfigError(f"{file} is a study; run it with rlhf-jax study {file} --out DIR")
+    if not isinstance(value, Config | Pipeline):
+        raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
+    return value
+
+
+def load_study(file: str | Path, preset: str, settings: Sequence[str]) -> tuple[Any, Any]:
+    """A study's file under one of its presets, some numbers overridden: (Study, settings).
+
+    Raises:
+        ConfigError: if the file holds no study, or has no such preset or number.
+    """
+    module = _module(file)
+    presets = getattr(module, "PRESETS", None)
+    if not isinstance(presets, Mapping):
+        raise ConfigError(f"{file} is no study: it has no PRESETS; rlhf-jax train runs experiments")
+    if preset not in presets:
+        raise ConfigError(f"--preset {preset}: {file} has {', '.join(presets)}")
+    chosen = override(presets[preset], settings)
+    study = _called(file, module, chosen)
+    if type(study).__name__ != "Study":
+        raise ConfigError(f"config() of {file} returned {type(study).__name__}, not a Study")
+    return study, chosen
+
+
+def _module(file: str | Path) -> ModuleType:
     path = Path(file).resolve()
     if not path.is_file():
         raise ConfigError(f"there is no experiment file {file}")
@@ -42,13 +71,14 @@ def load(file: str | Path) -> Config | Pipeline:
         raise _at_the_users_line(file, path, error) from error
     if not callable(getattr(module, "config", None)):
         raise ConfigError(f"{file} defines no function config() that returns a Config")
+    return module
+
+
+def _called(file: str | Path, module: ModuleType, *arguments: Any) -> Any:
     try:
-        value = module.config()
+        return module.config(*arguments)
     except Exception as error:
-        raise _at_the_users_line(file, path, error) from error
-    if not isinstance(value, Config | Pipeline):
-        raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
-    return value
+        raise _at_the_users_line(file, Path(file).resolve(), error) from error
 
 
 def _at_the_users_line(file: str | Path, path: Path, error: Exception) -> ConfigError:

@@ -8,10 +8,12 @@ from functools import partial
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from rlhf_jax.data import DataError
-from rlhf_jax.types import Prompts, Sequences
+from rlhf_jax.types import Labeled, Prompts, Sequences
 
 
 def drawn(
@@ -42,6 +44,25 @@ def drawn_key(seed: int | jax.Array, place: int | jax.Array, salt: int = 0) -> j
     """The key of batch `place` of a drawn stream."""
     root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"drawn") & 0x7FFFFFFF)
     return jax.random.fold_in(jax.random.fold_in(root, salt), place)
+
+
+def one_prompt(key: jax.Array, rows: int, *, tokens: tuple[int, ...]) -> Prompts:
+    """A draw for `drawn`: the same tokens in every row, each row a prompt of its own."""
+    del key
+    row = jnp.arange(rows, dtype=jnp.int32)
+    start = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (rows, len(tokens)))
+    return Prompts(start, jnp.full_like(row, len(tokens)), row, jnp.zeros_like(row))
+
+
+def whole_texts(
+    tokens: Int[jax.Array, "b t"], score: Float[jax.Array, "b"] | None = None, *, given: int = 1
+) -> Labeled:
+    """Texts without padding as a batch; the first `given` tokens are outside the mask."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    mask = jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= given, tokens.shape)
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    score = zeros[:, 0] if score is None else jnp.asarray(score, jnp.float32)
+    return Labeled(tokens, mask, jnp.ones_like(tokens), score, zeros)
 
 
 class _Drawn:
