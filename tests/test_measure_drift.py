@@ -142,7 +142,8 @@ def simulated(runs, steps, *, correlation, rate=0.5, rows=256, seed=0):
     rng, win = np.random.default_rng(seed), (1 + correlation * np.array([1, 1, -1, -1])) / 2
     theta, found = np.zeros((runs, 4)), []
     for step in range(1, max(steps) + 1):
-        p = softmax(theta, axis=1)
+        p = np.exp(theta)
+        p /= p.sum(1, keepdims=True)
         drawn = rng.multinomial(rows, p)
         credit = rng.binomial(drawn, win) - 0.5 * drawn
         theta += rate / rows * (credit - p * credit.sum(1, keepdims=True))

@@ -19,11 +19,7 @@ TOKENS, SEGMENTS = toys.padding(6, 8, shortest=4)
 
 
 def read(params, tokens, **given):
-    """Compiled once for each model and set of arguments."""
-    return np.asarray(READ(params, tokens, **{"model": MODEL} | given))
-
-
-READ = jax.jit(measure.activations, static_argnames="model")
+    return np.asarray(measure.activations(params, tokens, **{"model": MODEL} | given))
 
 
 def blobs(rows, width, gap, seed=0):
@@ -87,7 +83,7 @@ def test_only_a_transformer_has_a_stream_to_read():
 def test_a_probe_in_the_house_reads_the_same_stream():
     """`models.probe.Probe` after one layer: its hidden state is this stream behind the norm."""
     cut = Probe.of(MODEL, layers=1)
-    hidden = cut.apply(cut.part_of(PARAMS), TOKENS).hidden
+    hidden = jax.jit(cut.apply)(cut.part_of(PARAMS), TOKENS).hidden
     h = read(PARAMS, TOKENS)[1]
     root = np.sqrt((h**2).mean(-1, keepdims=True) + MODEL.norm_epsilon)
     assert_allclose(hidden, h / root * np.asarray(PARAMS["final_norm"]["scale"]), atol=1e-5)

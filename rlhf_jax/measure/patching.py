@@ -27,17 +27,16 @@ class Restored(NamedTuple):
     layers: np.ndarray  # 0: the embedding; ℓ: what block ℓ leaves
 
 
+@partial(jax.jit, static_argnames="model")
 def next_logp(
     params: Params,
     tokens: Int[Array, "b t"],
     *,
     model: Any,
     segments: Int[Array, "b t"] | None = None,
-    **hooks: Any,
 ) -> Float[Array, "b t v"]:
     """What follows each token: index t speaks of the token after `tokens[:, t]`. Nats, float32."""
-    hidden = model.apply(params, tokens, segments=segments, **hooks).hidden
-    return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)
+    return _speak(params, tokens, model, segments)
 
 
 def patched(
@@ -111,7 +110,13 @@ def _run(params, tokens, source, stream, paste, model, segments):
 
     # The embedding of a token is pasted by pasting the token.
     tokens = jnp.where(paste[0], source, tokens)
-    return next_logp(params, tokens, model=model, segments=segments, tap=tap)
+    return _speak(params, tokens, model, segments, tap=tap)
+
+
+def _speak(params, tokens, model, segments, **hooks):
+    """[b, t, v], of what follows."""
+    hidden = model.apply(params, tokens, segments=segments, **hooks).hidden
+    return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -48,6 +48,7 @@ class Selectivity(NamedTuple):
         return self.accuracy - self.shuffled
 
 
+@partial(jax.jit, static_argnames="model")
 def activations(
     params: Params,
     tokens: Int[Array, "n t"],
@@ -56,7 +57,7 @@ def activations(
     positions: int | Sequence[int] | Int[Array, "n p"] | None = None,
     segments: Int[Array, "n t"] | None = None,
 ) -> Float[Array, "layers+1 n *p d"]:
-    """The residual stream: 0 is the embedding, ℓ what block ℓ leaves; pure, so `jax.jit` takes it.
+    """The residual stream: 0 is the embedding, ℓ what block ℓ leaves.
 
     `positions` is one place for all rows (from the end, if negative): `[layers+1, n, d]`; several,
     or several for each row `[n, p]`: `[layers+1, n, p, d]`; None: all t. After a tap of the model's
@@ -181,7 +182,7 @@ def selectivity(
     places = np.atleast_1d(np.asarray(positions))
     shuffled = _shuffle(label, groups, np.random.default_rng(seed))
     untrained = _fresh(jax.random.key(seed), model=model)
-    read = partial(_activations, tokens=tokens, model=model, positions=places, segments=segments)
+    read = partial(activations, tokens=tokens, model=model, positions=places, segments=segments)
     trained, fresh = (np.asarray(read(p), np.float64) for p in (params, untrained))
 
     def accuracies(stream, label):
@@ -196,7 +197,6 @@ def selectivity(
     )
 
 
-_activations = jax.jit(activations, static_argnames="model")
 _fresh = jax.jit(lambda key, *, model: model.init(key), static_argnames="model")
 
 
