@@ -3,6 +3,15 @@
 Functions of arrays that return numbers, in numpy and float64 but where a model is asked. In nats.
 """
 
+from rlhf_jax.measure.attractor import Attraction as Attraction
+from rlhf_jax.measure.attractor import attraction as attraction
+from rlhf_jax.measure.attractor import forecast as forecast
+from rlhf_jax.measure.attractor import inject as inject
+from rlhf_jax.measure.attractor import predicted_attraction as predicted_attraction
+from rlhf_jax.measure.attractor import return_lags as return_lags
+from rlhf_jax.measure.decomposition import Decomposition as Decomposition
+from rlhf_jax.measure.decomposition import tokens_to_confidence as tokens_to_confidence
+from rlhf_jax.measure.decomposition import world_decomposition as world_decomposition
 from rlhf_jax.measure.diversity import collision as collision
 from rlhf_jax.measure.diversity import distinct as distinct
 from rlhf_jax.measure.diversity import distinct_by_sample as distinct_by_sample
@@ -52,3 +61,13 @@ from rlhf_jax.measure.probing import direction as direction
 from rlhf_jax.measure.probing import probe as probe
 from rlhf_jax.measure.probing import selectivity as selectivity
 from rlhf_jax.measure.probing import unstacked as unstacked
+from rlhf_jax.measure.refit import Refit as Refit
+from rlhf_jax.measure.refit import Residual as Residual
+from rlhf_jax.measure.refit import filter_residual as filter_residual
+from rlhf_jax.measure.refit import model_predictions as model_predictions
+from rlhf_jax.measure.refit import refit as refit
+from rlhf_jax.measure.worlds import Beliefs as Beliefs
+from rlhf_jax.measure.worlds import Worlds as Worlds
+from rlhf_jax.measure.worlds import beliefs as beliefs
+from rlhf_jax.measure.worlds import beliefs_in_jax as beliefs_in_jax
+from rlhf_jax.measure.worlds import filter_predictions as filter_predictions

@@ -144,8 +144,7 @@ class Worlds:
         self, key: Array, *, rows: int, length: int
     ) -> tuple[Int[Array, "b t+1"], Int[Array, "b t+1"]]:
         """Rows of BOS and `length` tokens, and the world of each token (at BOS, of the first)."""
-        keys = jax.random.split(key, 7)
-        shape = (length, rows)
+        keys, shape, ten = jax.random.split(key, 7), (length, rows), max(self.digits, 1)
         kinds = jnp.asarray([1 - self.segment - self.chat - self.code, *self._signs])
         own = jnp.asarray(np.where(self.own > 0, 0.0, -np.inf), jnp.float32)
         drawn = (
@@ -169,7 +168,6 @@ class Worlds:
             token = jnp.where(due, digit, jnp.where(kind > 0, names[kind], word))
             return (world, jnp.where(due, 0, kind)), (token, world)
 
-        ten = max(self.digits, 1)
         _, (tokens, world) = jax.lax.scan(step, (drawn[1][0], jnp.ones(rows, jnp.int32)), drawn)
         tokens = jnp.pad(tokens.T, ((0, 0), (1, 0)), constant_values=self.bos)
         return tokens.astype(jnp.int32), jnp.pad(world.T, ((0, 0), (1, 0)), mode="edge")
@@ -209,10 +207,9 @@ def beliefs(tokens: Int[np.ndarray, "n t"], worlds: Worlds) -> Beliefs:
     seen = likelihood(tokens, worlds.emission)
     before, after, core = forward(seen, fresh(tokens, worlds), prior, worlds.switch)
     due = answers_due(tokens, worlds)
+    p = np.where(tokens < worlds.surface, core, 1.0) * _structure(tokens, due, worlds)
     with np.errstate(divide="ignore"):
-        logp = np.log(
-            np.where(tokens < worlds.surface, core, 1.0) * _structure(tokens, due, worlds)
-        )
+        logp = np.log(p)
     return Beliefs(before, after, np.where(tokens == worlds.bos, 0.0, logp))
 
 
@@ -240,7 +237,9 @@ def beliefs_in_jax(
     return tuple(jnp.moveaxis(x, 0, 1) for x in found)
 
 
-def next_token(tokens: Int[np.ndarray, "n t"], worlds: Worlds) -> Float[np.ndarray, "n t v"]:
+def filter_predictions(
+    tokens: Int[np.ndarray, "n t"], worlds: Worlds
+) -> Float[np.ndarray, "n t v"]:
     """P(token t = · | tokens before t): what a perfect language model of the worlds predicts."""
     tokens = np.asarray(tokens)
     due = answers_due(tokens, worlds)[..., None]
@@ -266,18 +265,18 @@ def forward(
     `seen` is P(token t | world); `fresh` where the world is drawn anew for certain. It is analytic
     in the numbers it is given: complex ones pass through, and carry derivatives.
     """
-    before = np.empty(seen.shape, np.result_type(seen, prior, switch))
-    after, total = np.empty_like(before), np.empty_like(before[..., 0])
-    posterior = np.broadcast_to(prior, before[:, 0].shape)
-    for t in range(seen.shape[1]):
-        stay = (1 - switch) * posterior + switch * prior
-        before[:, t] = np.where(fresh[:, t, None], prior, stay)
-        joint = before[:, t] * seen[:, t]
-        total[:, t] = joint.sum(axis=1)
-        possible = (total[:, t].real > 0)[:, None]
-        scale = np.where(possible, total[:, t, None], 1.0)
-        after[:, t] = posterior = np.where(possible, joint / scale, before[:, t])
-    return before, after, total
+    seen, fresh = np.ascontiguousarray(seen.swapaxes(0, 1)), fresh.T[..., None]
+    before = np.zeros(seen.shape, np.result_type(seen, prior, switch))
+    after, total = np.zeros_like(before), np.zeros_like(before[..., :1])
+    posterior = np.broadcast_to(prior, before.shape[1:])
+    for t, now in enumerate(seen):
+        before[t] = np.where(fresh[t], prior, (1 - switch) * posterior + switch * prior)
+        joint = before[t] * now
+        total[t] = joint.sum(axis=1, keepdims=True)
+        possible = total[t].real > 0
+        posterior = np.where(possible, joint / np.where(possible, total[t], 1.0), before[t])
+        after[t] = posterior
+    return before.swapaxes(0, 1), after.swapaxes(0, 1), total[..., 0].T
 
 
 def likelihood(tokens: np.ndarray, emission: np.ndarray) -> Float[np.ndarray, "n t w"]:
