@@ -141,7 +141,7 @@ def test_predictions_are_distributions_and_give_each_token_its_likelihood():
 
 
 def test_drawn_texts_have_the_frequencies_of_the_filter():
-    n, length = 200_000, 3
+    n, length = 60_000, 3
     drawn, world = jax.jit(partial(TINY.sample, rows=n, length=length))(jax.random.key(1))
     drawn, world = np.asarray(drawn), np.asarray(world)
     every = np.array(list(itertools.product(range(TINY.bos), repeat=length)))
@@ -160,7 +160,7 @@ def test_drawn_texts_have_the_frequencies_of_the_filter():
         gap = (world[:, at, None] == np.arange(3)) - believed
         assert (np.abs(gap.mean(axis=0)) < 4.5 * gap.std(axis=0) / np.sqrt(n)).all()
         sure = believed.max(axis=1) > 0.8
-        assert_allclose(gap[sure].mean(axis=0), 0, atol=0.01)
+        assert_allclose(gap[sure].mean(axis=0), 0, atol=0.015)
 
 
 def test_rows_start_with_bos_outside_the_mask_and_the_score_is_the_share_of_a_world():
@@ -271,13 +271,14 @@ def test_a_perfect_models_distributions_leave_nothing_to_chance_but_the_world(te
 
 
 def test_the_errors_are_the_spread_between_samples():
-    one = jax.jit(partial(CORE.draw, rows=128, length=16))
-    batches = [one(jax.random.fold_in(jax.random.key(4), i)) for i in range(60)]
-    found = [world_decomposition(b.tokens, b.mask, CORE) for b in batches]
-    for name in ("world_entropy", "given_world", "information", "in_block", "confidence"):
+    draw = jax.jit(jax.vmap(partial(CORE.draw, rows=128, length=16)))
+    drawn = draw(jax.random.split(jax.random.key(4), 100))
+    tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
+    found = [world_decomposition(*x, CORE) for x in zip(tokens, mask, strict=True)]
+    for name in ("world_entropy", "given_world", "information", "confidence"):
         values = [getattr(x, name).value for x in found]
         said = np.mean([getattr(x, name).error for x in found])
-        assert_allclose(said, np.std(values, ddof=1), rtol=0.35)
+        assert_allclose(said, np.std(values, ddof=1), rtol=0.25)
 
 
 def test_in_block_entropy_tells_who_says_only_some_tokens_or_says_them_in_a_fixed_order():
@@ -355,13 +356,15 @@ def test_a_model_that_is_no_filter_leaves_a_residual(texts):
 
 
 def test_a_models_predictions_stand_at_the_token_they_speak_of(model, params):
-    tokens = np.asarray(jax.random.randint(jax.random.key(0), (5, 7), 0, model.vocab))
+    tokens = np.asarray(jax.random.randint(jax.random.key(0), (4, 7), 0, model.vocab))
     p = model_predictions(params, tokens, model=model, rows=2)
     assert_allclose(p[:, 1:].sum(axis=2), 1, rtol=1e-12)
     assert (p[:, 0] == 0).all()
+    cold = model_predictions(params, tokens, model=model, rows=2, temperature=0.5)
+    assert_allclose(cold[:, 1:], (p**2 / (p**2).sum(2, keepdims=True, initial=1e-300))[:, 1:])
     changed = tokens.copy()
     changed[:, 4] = (changed[:, 4] + 1) % model.vocab
-    other = model_predictions(params, changed, model=model)
+    other = model_predictions(params, changed, model=model, rows=2)
     same = np.isclose(p, other, atol=1e-6).all(axis=(0, 2))
     assert same.tolist() == [True] * 5 + [False] * 2
 

@@ -66,8 +66,8 @@ from rlhf_jax.measure.refit import Residual as Residual
 from rlhf_jax.measure.refit import filter_residual as filter_residual
 from rlhf_jax.measure.refit import model_predictions as model_predictions
 from rlhf_jax.measure.refit import refit as refit
-from rlhf_jax.measure.worlds import Beliefs as Beliefs
+from rlhf_jax.measure.world_filter import Beliefs as Beliefs
+from rlhf_jax.measure.world_filter import beliefs as beliefs
+from rlhf_jax.measure.world_filter import beliefs_in_jax as beliefs_in_jax
+from rlhf_jax.measure.world_filter import filter_predictions as filter_predictions
 from rlhf_jax.measure.worlds import Worlds as Worlds
-from rlhf_jax.measure.worlds import beliefs as beliefs
-from rlhf_jax.measure.worlds import beliefs_in_jax as beliefs_in_jax
-from rlhf_jax.measure.worlds import filter_predictions as filter_predictions

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.measure import estimate
 from rlhf_jax.measure.estimate import Estimate
-from rlhf_jax.measure.worlds import Worlds, answers_due, beliefs
+from rlhf_jax.measure.world_filter import answers_due, beliefs
+from rlhf_jax.measure.worlds import Worlds
 from rlhf_jax.types import Prompts
 
 NEEDED, OF = 3, 4  # tokens of the attractor among the last ones

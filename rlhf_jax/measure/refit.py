@@ -7,10 +7,8 @@ and another noise explains the model; what it cannot explain is the residual.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -20,14 +18,14 @@ from jaxtyping import Bool, Float, Int
 from rlhf_jax.measure import estimate
 from rlhf_jax.measure.estimate import Estimate
 from rlhf_jax.measure.patching import next_logp
-from rlhf_jax.measure.worlds import (
-    Worlds,
+from rlhf_jax.measure.world_filter import (
     answers_due,
     filter_predictions,
     forward,
     fresh,
     likelihood,
 )
+from rlhf_jax.measure.worlds import Worlds
 from rlhf_jax.types import Params
 
 SMALL = 1e-6  # least prior, switch and noise that a fit starts from
@@ -52,18 +50,22 @@ class Refit(NamedTuple):
 
 
 def model_predictions(
-    params: Params, tokens: Int[np.ndarray, "n t"], *, model: Any, rows: int = 512
+    params: Params,
+    tokens: Int[np.ndarray, "n t"],
+    *,
+    model: Any,
+    temperature: float = 1.0,
+    rows: int = 512,
 ) -> Float[np.ndarray, "n t v"]:
     """P_model(token t = · | tokens before t), float64; 0 at t = 0, which nothing predicts.
 
     `rows` texts at a time. Index t speaks of `tokens[:, t]`, as in `filter_predictions`.
     """
-    compiled = jax.jit(partial(next_logp, model=model))
-    found = np.zeros((*np.shape(tokens), model.vocab))
+    tokens, found = np.asarray(tokens), np.zeros((*np.shape(tokens), model.vocab))
     for at in range(0, len(tokens), rows):
-        some = jnp.asarray(tokens[at : at + rows])
-        p = np.exp(np.asarray(compiled(params, some), np.float64))[:, :-1]
-        found[at : at + rows, 1:] = p / p.sum(axis=-1, keepdims=True)
+        logp = next_logp(params, jnp.asarray(tokens[at : at + rows]), model=model)
+        logp = np.asarray(logp, np.float64)[:, :-1] / temperature
+        found[at : at + rows, 1:] = scipy.special.softmax(logp, axis=-1)
     return found
 
 

@@ -1,11 +1,11 @@
-"""Texts that come from hidden worlds, and what an exact observer believes of where they come from.
+"""Texts that come from hidden worlds: a process of which everything is known exactly.
 
 A world sticks around: with probability `switch` a step it is drawn anew from the prior. It says a
 token of its own block, or with probability `noise` any surface token. Around that there may be
 signs that every world uses alike: SEG, after which the world is drawn anew, and two contexts, CHAT
 and CODE, that are answered by a uniform digit. So the posterior over worlds given a text, the next
-token's distribution and the entropies are known exactly (forward algorithm of a hidden Markov
-model, Rabiner 1989), and what a language model learned of them can be held against that.
+token's distribution and the entropies are known (`world_filter.py`), and what a language model
+learned of them can be held against that.
 
     worlds = Worlds(segment=0.02, chat=0.02, code=0.02)
     batch = worlds.draw(key, 256, length=32)
@@ -19,11 +19,11 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.types import Labeled
@@ -101,6 +101,11 @@ class Worlds:
         return self.chat_id + 4
 
     @property
+    def signs(self) -> tuple[float, float, float]:
+        """P(SEG), P(CHAT), P(CODE), where no digit is due."""
+        return self.segment, self.chat, self.code
+
+    @property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
         """The tokens of each world's block."""
         own = range(0, self.surface, self.block)
@@ -144,31 +149,34 @@ class Worlds:
         self, key: Array, *, rows: int, length: int
     ) -> tuple[Int[Array, "b t+1"], Int[Array, "b t+1"]]:
         """Rows of BOS and `length` tokens, and the world of each token (at BOS, of the first)."""
-        keys, shape, ten = jax.random.split(key, 7), (length, rows), max(self.digits, 1)
-        kinds = jnp.asarray([1 - self.segment - self.chat - self.code, *self._signs])
-        own = jnp.asarray(np.where(self.own > 0, 0.0, -np.inf), jnp.float32)
+        # One draw of uniform numbers, all choices by inverse distribution functions.
+        switch, anew, kind, noisy, word, answer, digit = jax.random.uniform(key, (7, length, rows))
+        kinds = [1 - self.segment - self.chat - self.code, *self.signs]
+        size = jnp.asarray([len(block) for block in self.blocks])
+        widest = max(map(len, self.blocks))
+        words = jnp.asarray([(*one, *[0] * (widest - len(one))) for one in self.blocks])
+        names = jnp.asarray([0, self.segment_id, self.chat_id, self.code_id])
         drawn = (
-            jax.random.bernoulli(keys[0], self.switch, shape),
-            jax.random.categorical(keys[1], jnp.log(jnp.asarray(self.prior)), shape=shape),
-            jax.random.categorical(keys[2], jnp.log(kinds), shape=shape),
-            jax.random.bernoulli(keys[3], self.noise, shape),
-            jax.random.randint(keys[4], shape, 0, self.surface),
-            jax.random.bernoulli(keys[5], self.answered, shape),
-            jax.random.split(keys[6], length),
+            switch < self.switch,
+            _chosen(anew, self.prior),
+            _chosen(kind, kinds),
+            noisy < self.noise,
+            word,
+            answer < self.answered,
+            self.surface + _whole(digit, max(self.digits, 1)),
         )
 
         def step(before, now):
             world, sign = before  # sign: what the last token was, 0 for surface tokens and digits
-            switch, anew, kind, noisy, anything, answer, key = now
+            switch, anew, kind, noisy, word, answer, digit = now
             world = jnp.where(switch | (sign == 1), anew, world)
+            own = words[world, _whole(word, size[world])]
+            word = jnp.where(noisy, _whole(word, self.surface), own)
             due = (sign >= 2) & answer
-            word = jnp.where(noisy, anything, jax.random.categorical(key, own[world]))
-            digit = self.surface + jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, ten)
-            names = jnp.asarray([0, self.segment_id, self.chat_id, self.code_id])
             token = jnp.where(due, digit, jnp.where(kind > 0, names[kind], word))
             return (world, jnp.where(due, 0, kind)), (token, world)
 
-        _, (tokens, world) = jax.lax.scan(step, (drawn[1][0], jnp.ones(rows, jnp.int32)), drawn)
+        _, (tokens, world) = jax.lax.scan(step, (drawn[1][0], jnp.zeros_like(drawn[2][0])), drawn)
         tokens = jnp.pad(tokens.T, ((0, 0), (1, 0)), constant_values=self.bos)
         return tokens.astype(jnp.int32), jnp.pad(world.T, ((0, 0), (1, 0)), mode="edge")
 
@@ -183,131 +191,18 @@ class Worlds:
         marks = self.says(tokens, rewarded).astype(jnp.float32)
         return Labeled(tokens, mask, jnp.ones_like(tokens), marks.sum(axis=1) / length, marks)
 
-    @property
-    def _signs(self) -> tuple[float, float, float]:
-        return self.segment, self.chat, self.code
-
-
-class Beliefs(NamedTuple):
-    """What the observer knows at each token; index t speaks of `tokens[:, t]`."""
-
-    before: Float[np.ndarray, "n t w"]  # P(world of token t | tokens before t)
-    after: Float[np.ndarray, "n t w"]  # P(world of token t | tokens up to t)
-    logp: Float[np.ndarray, "n t"]  # log P(token t | tokens before t), nats; 0 at BOS
-
-
-def beliefs(tokens: Int[np.ndarray, "n t"], worlds: Worlds) -> Beliefs:
-    """The exact filter, in float64: before′ = (1 − s)·after + s·π, after ∝ before · P(token | w).
-
-    A row starts in the prior, and does so again after BOS and SEG. Signs and digits say nothing of
-    the world, nor do ids outside the vocabulary (control tokens), nor what the process cannot say:
-    there the posterior stays and logp is −inf. Padding on the right changes nothing before it.
-    """
-    tokens, prior = np.asarray(tokens), np.asarray(worlds.prior)
-    seen = likelihood(tokens, worlds.emission)
-    before, after, core = forward(seen, fresh(tokens, worlds), prior, worlds.switch)
-    due = answers_due(tokens, worlds)
-    p = np.where(tokens < worlds.surface, core, 1.0) * _structure(tokens, due, worlds)
-    with np.errstate(divide="ignore"):
-        logp = np.log(p)
-    return Beliefs(before, after, np.where(tokens == worlds.bos, 0.0, logp))
-
-
-def beliefs_in_jax(
-    tokens: Int[Array, "n t"], worlds: Worlds
-) -> tuple[Float[Array, "n t w"], Float[Array, "n t w"]]:
-    """`before` and `after` of `beliefs` in float32, for compiled programs."""
-    emission = jnp.asarray(worlds.emission, jnp.float32)
-    words = (tokens >= 0) & (tokens < worlds.surface)
-    seen = jnp.where(words[..., None], emission.T[jnp.where(words, tokens, 0)], 1.0)
-    prior = jnp.asarray(worlds.prior, jnp.float32)
-
-    def step(after, now):
-        fresh, seen = now
-        stay = (1 - worlds.switch) * after + worlds.switch * prior[None]
-        before = jnp.where(fresh[:, None], prior[None], stay)
-        joint = before * seen
-        total = joint.sum(axis=1, keepdims=True)
-        after = jnp.where(total > 0, joint / jnp.where(total > 0, total, 1.0), before)
-        return after, (before, after)
-
-    first = jnp.broadcast_to(prior, (tokens.shape[0], len(worlds.prior)))
-    renewed = jnp.moveaxis(fresh(tokens, worlds, jnp), 1, 0)
-    _, found = jax.lax.scan(step, first, (renewed, jnp.moveaxis(seen, 1, 0)))
-    return tuple(jnp.moveaxis(x, 0, 1) for x in found)
-
-
-def filter_predictions(
-    tokens: Int[np.ndarray, "n t"], worlds: Worlds
-) -> Float[np.ndarray, "n t v"]:
-    """P(token t = · | tokens before t): what a perfect language model of the worlds predicts."""
-    tokens = np.asarray(tokens)
-    due = answers_due(tokens, worlds)[..., None]
-    found = np.zeros((*tokens.shape, worlds.vocab))
-    signs = [worlds.segment_id, worlds.chat_id, worlds.code_id]
-    words = 1 - sum(worlds._signs)
-    found[..., : worlds.surface] = (
-        (1 - due) * words * (beliefs(tokens, worlds).before @ worlds.emission)
-    )
-    found[..., signs] = (1 - due) * np.asarray(worlds._signs)
-    found[..., worlds.surface : worlds.chat_id] = due / max(worlds.digits, 1)
-    return found
-
-
-def forward(
-    seen: Float[np.ndarray, "n t w"],
-    fresh: Bool[np.ndarray, "n t"],
-    prior: Float[np.ndarray, "w"],
-    switch: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The forward recursion: before, after `[n, t, w]` and P(token | before) `[n, t]`.
-
-    `seen` is P(token t | world); `fresh` where the world is drawn anew for certain. It is analytic
-    in the numbers it is given: complex ones pass through, and carry derivatives.
-    """
-    seen, fresh = np.ascontiguousarray(seen.swapaxes(0, 1)), fresh.T[..., None]
-    before = np.zeros(seen.shape, np.result_type(seen, prior, switch))
-    after, total = np.zeros_like(before), np.zeros_like(before[..., :1])
-    posterior = np.broadcast_to(prior, before.shape[1:])
-    for t, now in enumerate(seen):
-        before[t] = np.where(fresh[t], prior, (1 - switch) * posterior + switch * prior)
-        joint = before[t] * now
-        total[t] = joint.sum(axis=1, keepdims=True)
-        possible = total[t].real > 0
-        posterior = np.where(possible, joint / np.where(possible, total[t], 1.0), before[t])
-        after[t] = posterior
-    return before.swapaxes(0, 1), after.swapaxes(0, 1), total[..., 0].T
-
-
-def likelihood(tokens: np.ndarray, emission: np.ndarray) -> Float[np.ndarray, "n t w"]:
-    """P(token | world) of surface tokens, from a table `[w, s]`; 1 for all others."""
-    words = (tokens >= 0) & (tokens < emission.shape[1])
-    return np.where(words[..., None], emission.T[np.where(words, tokens, 0)], 1.0)
-
-
-def fresh(tokens, worlds: Worlds, xp=np) -> Bool[Array, "n t"]:
-    """Where the world is drawn anew for certain: first in a row, after BOS and after SEG."""
-    last = xp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=worlds.bos)
-    return (last == worlds.bos) | (last == worlds.segment_id)
-
-
-def answers_due(tokens: np.ndarray, worlds: Worlds) -> Float[np.ndarray, "n t"]:
-    """P(token t is a digit | the one before it): `answered` after CHAT and CODE, else 0."""
-    last = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=worlds.bos)
-    return worlds.answered * ((last == worlds.chat_id) | (last == worlds.code_id))
-
 
 def entropies(p: Float[np.ndarray, "*n k"]) -> Float[np.ndarray, "*n"]:
     """−Σ p log p over the last axis, nats."""
-    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return scipy.special.entr(p).sum(axis=-1)
 
 
-def _structure(tokens, due, worlds):
-    """P(what kind of token comes, and which sign or digit); of surface tokens only the kind."""
-    digit = (tokens >= worlds.surface) & (tokens < worlds.chat_id)
-    found = due * digit / max(worlds.digits, 1)
-    found += (1 - due) * (1 - sum(worlds._signs)) * ((tokens >= 0) & (tokens < worlds.surface))
-    names = (worlds.segment_id, worlds.chat_id, worlds.code_id)
-    for name, p in zip(names, worlds._signs, strict=True):
-        found += (1 - due) * p * (tokens == name)
-    return found
+def _chosen(u, p):
+    """The index that a uniform number chooses from probabilities."""
+    bounds = np.cumsum(p)[:-1].astype(np.float32)
+    return sum(((u >= bound).astype(jnp.int32) for bound in bounds), jnp.zeros(u.shape, jnp.int32))
+
+
+def _whole(u, n):
+    """A uniform number in [0, 1) as one of 0 … n − 1; products may round up to n."""
+    return jnp.minimum((u * n).astype(jnp.int32), n - 1)
