@@ -1,0 +1,1 @@
+"""Toys that studies share: sizes in a frozen dataclass, the rest pure functions of it."""
