@@ -9,9 +9,25 @@ from rlhf_jax.measure.attractor import forecast as forecast
 from rlhf_jax.measure.attractor import inject as inject
 from rlhf_jax.measure.attractor import predicted_attraction as predicted_attraction
 from rlhf_jax.measure.attractor import return_lags as return_lags
+from rlhf_jax.measure.calibration import Calibration as Calibration
+from rlhf_jax.measure.calibration import GTest as GTest
+from rlhf_jax.measure.calibration import calibration as calibration
+from rlhf_jax.measure.calibration import g_test as g_test
+from rlhf_jax.measure.calibration import next_token_probabilities as next_token_probabilities
 from rlhf_jax.measure.decomposition import Decomposition as Decomposition
 from rlhf_jax.measure.decomposition import tokens_to_confidence as tokens_to_confidence
 from rlhf_jax.measure.decomposition import world_decomposition as world_decomposition
+from rlhf_jax.measure.divergence import Divergence as Divergence
+from rlhf_jax.measure.divergence import Scored as Scored
+from rlhf_jax.measure.divergence import by_position as by_position
+from rlhf_jax.measure.divergence import k3 as k3
+from rlhf_jax.measure.divergence import per_text as per_text
+from rlhf_jax.measure.divergence import per_token as per_token
+from rlhf_jax.measure.divergence import sampled_divergence as sampled_divergence
+from rlhf_jax.measure.divergence import (
+    sampled_kl_between_and_within as sampled_kl_between_and_within,
+)
+from rlhf_jax.measure.divergence import score_samples as score_samples
 from rlhf_jax.measure.diversity import collision as collision
 from rlhf_jax.measure.diversity import distinct as distinct
 from rlhf_jax.measure.diversity import distinct_by_sample as distinct_by_sample
@@ -66,6 +82,20 @@ from rlhf_jax.measure.refit import Residual as Residual
 from rlhf_jax.measure.refit import filter_residual as filter_residual
 from rlhf_jax.measure.refit import model_predictions as model_predictions
 from rlhf_jax.measure.refit import refit as refit
+from rlhf_jax.measure.temperature import TEMPERATURES as TEMPERATURES
+from rlhf_jax.measure.temperature import Distortion as Distortion
+from rlhf_jax.measure.temperature import frontier as frontier
+from rlhf_jax.measure.temperature import heated as heated
+from rlhf_jax.measure.temperature import hypervolume as hypervolume
+from rlhf_jax.measure.temperature import matching_temperature as matching_temperature
+from rlhf_jax.measure.temperature import sampled_at as sampled_at
+from rlhf_jax.measure.temperature import sampled_distortion as sampled_distortion
+from rlhf_jax.measure.temperature import shape_distortion as shape_distortion
+from rlhf_jax.measure.temperature import sweep as sweep
+from rlhf_jax.measure.temperature import sweep_outputs as sweep_outputs
+from rlhf_jax.measure.temperature import (
+    token_temperature_of_entropy as token_temperature_of_entropy,
+)
 from rlhf_jax.measure.world_filter import Beliefs as Beliefs
 from rlhf_jax.measure.world_filter import beliefs as beliefs
 from rlhf_jax.measure.world_filter import beliefs_in_jax as beliefs_in_jax
