@@ -19,6 +19,11 @@ class Table:
     size: int
     lm_head: bool = True
     value_head: bool = False
+    context: int = 1024
+
+    @property
+    def vocab(self):
+        return self.size
 
     def init(self, key):
         table = jax.random.normal(key, (self.size, self.size), jnp.float32)

@@ -57,6 +57,8 @@ def _add(value: Any, found, files: set[str]) -> None:
     elif isinstance(value, np.ndarray | jax.Array):
         array = np.asarray(value)
         found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    elif hasattr(value, "__wrapped__"):  # jax.jit, functools.wraps
+        _add(value.__wrapped__, found, files)
     elif inspect.isfunction(value) or inspect.isclass(value) or inspect.ismethod(value):
         files.add(value.__module__)
         found.update(value.__qualname__.encode())
@@ -64,6 +66,9 @@ def _add(value: Any, found, files: set[str]) -> None:
             _add(value.__self__, found, files)
         for cell in getattr(value, "__closure__", None) or ():
             _add(cell.cell_contents, found, files)
+    elif kind.__repr__ is object.__repr__:  # an address says nothing
+        files.add(kind.__module__)
+        _add(vars(value) if hasattr(value, "__dict__") else None, found, files)
     else:
         found.update(repr(value).encode())
 

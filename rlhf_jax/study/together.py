@@ -118,14 +118,17 @@ class Together:
                     f"(seed {seed}, before step {self.done}). Lower the learning rate, or look for "
                     "inf and nan in the batch: rlhf-jax train keeps the batch of such an update"
                 )
-        reward = metrics.get("rollout/reward", np.zeros((1, 1)))
-        if not np.isfinite(reward).all():
-            seed, at = np.argwhere(~np.isfinite(reward))[0]
-            first = self.done - reward.shape[1] + at
-            raise RunError(
-                f"{self.config.name}: rewards of step {first} are not finite (seed "
-                f"{int(np.asarray(self.seeds)[seed])}); nothing can be learned from them"
-            )
+        wrong = {
+            "are not finite": ~np.isfinite(metrics.get("rollout/reward", np.zeros((1, 1)))),
+            "are not 0 outside the mask": metrics.pop("rollout/stray", np.zeros((1, 1))) != 0,
+        }
+        for what, found in wrong.items():
+            if found.any():
+                seed, at = np.argwhere(found)[0]
+                raise RunError(
+                    f"{self.config.name}: rewards of step {self.done - found.shape[1] + at} {what} "
+                    f"(seed {int(np.asarray(self.seeds)[seed])}); look at rollouts.reward"
+                )
 
 
 def _placement(seeds: int) -> Callable[[Any], Any]:
@@ -198,7 +201,7 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
             rollout, reward, params, state.control, spec=spec, models=config.models
         )
         state = state.replace(control=control)
-        metrics |= found
+        metrics |= found | {"rollout/stray": jnp.where(rollout.mask, 0.0, jnp.abs(reward)).max()}
     for name, learner in config.learners.items():
         batch = batch_of(learner.batch)
         learn = partial(
