@@ -30,6 +30,7 @@ def test_values_are_ordered_by_seed_whatever_the_order_of_the_rows():
         assert_array_equal(results.values("kl", "ppo"), [1010, 1011, 1012])
         assert_array_equal(results.values("kl", "ppo", 0), [10, 11, 12])
         assert_array_equal(results.values("reward", "base"), [0, -1, -2])
+    assert_array_equal(Results(some(seeds=(2, 9))).values("kl", "ppo", 0), [12, 19])
 
 
 def test_curves_and_vectors():
