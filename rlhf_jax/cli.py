@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("show", _show, "print an experiment with all its numbers, and its batch plan")
     experiment(show)
+    show.add_argument("--preset", help="of a study: show it with these settings")
     return parser
 
 
@@ -156,8 +157,12 @@ def _show(options) -> None:
 
     from rlhf_jax.check import check
     from rlhf_jax.config import Config, batch_plan
-    from rlhf_jax.experiment import describe, load, override
+    from rlhf_jax.experiment import describe, load, load_study, override
 
+    if options.preset is not None:
+        study, settings = load_study(options.file, options.preset, options.settings)
+        print(json.dumps({"settings": describe(settings), "study": describe(study)}, indent=2))
+        return
     value = override(load(options.file), options.settings)
     shown = {"config": describe(value)}
     devices = jax.device_count()

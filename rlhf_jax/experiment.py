@@ -26,7 +26,10 @@ def load(file: str | Path) -> Config | Pipeline:
     """
     value = _called(file, _module(file))
     if type(value).__name__ == "Study":
-        raise ConfigError(f"{file} is a study; run it with rlhf-jax study {file} --out DIR")
+        raise ConfigError(
+            f"{file} is a study; run it with rlhf-jax study {file} --out DIR, or look at it with "
+            f"rlhf-jax show {file} --preset cpu"
+        )
     if not isinstance(value, Config | Pipeline):
         raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
     return value
