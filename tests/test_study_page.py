@@ -128,7 +128,9 @@ def test_the_page_says_what_was_asked_what_came_out_and_how_sure_it_is():
 def test_texts_are_escaped():
     wild = Claim("P<1>", "a < b & <script>", difference, (0, INF), unit="<i>")
     made = study((wild,), name="<b>", question="<q>?", caption='"<c>"', larger="<l>")
-    shown = Page(page.page(made, results(), {**RECORD, "versions": {"<v>": "<w>"}}))
+    source = page.page(made, results(), {**RECORD, "versions": {"<v>": "<w>"}})
+    shown = Page(source)
+    assert 'alt="&quot;&lt;c&gt;&quot;"' in source
     for said in ("P<1>", "a < b & <script>", "<i>", "<b>", "<q>?", '"<c>"', "<l>", "<v> <w>"):
         assert said in shown.text
 

@@ -85,6 +85,12 @@ def test_every_kind_of_claim_can_end_in_every_verdict(kind, mean, verdict):
         assert judge(claims, data)[0].verdict == verdict
 
 
+def test_the_effect_is_the_distance_from_the_nearest_bound():
+    for mean, distance in ((0.8, -0.2), (-0.7, 0.3), (2, 1)):
+        x = mean + 0.3 * NOISE
+        assert_allclose(one(x, supported=(-1, 1)).effect, distance / x.std(ddof=1))
+
+
 def test_p_of_an_interval_by_hand():
     # Distances of .2 0 −.1 to the bounds ±1 have one sign: 1/8 at both, so 2/8; of 2 seeds, 2/4.
     assert one([0.2, 0.0, -0.1], supported=(-1, 1)).p == 2 / 8
