@@ -96,10 +96,12 @@ class Claim:
     def __post_init__(self):
         low, high = self.supported
         least, most = self.supported if self.possible is None else self.possible
-        if not least <= low < high <= most or (math.isinf(low) and math.isinf(high)):
+        endless = any(math.isinf(a) and math.isinf(b) for a, b in ((low, high), (least, most)))
+        if not least <= low < high <= most or endless:
             raise ValueError(
                 f"claim {self.name}: supported={self.supported} must be an interval with at least "
-                f"one finite bound, inside possible={self.possible}"
+                f"one finite bound, inside possible={self.possible}, which has one, too: a claim "
+                "can be refuted"
             )
 
 
