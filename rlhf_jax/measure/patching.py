@@ -15,13 +15,15 @@ from rlhf_jax.measure.probing import activations
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Params
 
+ROUNDING = 1e-12  # nats: the KL of distributions that differ by float32's rounding stays below
+
 Positions = Sequence[int] | Bool[np.ndarray, "b t"] | None
 
 
 class Restored(NamedTuple):
     """How much of the way to the source's predictions pasting goes, layer by layer."""
 
-    fraction: Float[np.ndarray, "layers"]  # 1 − residual / gap: 1 all of it; nan where the gap is 0
+    fraction: Float[np.ndarray, "layers"]  # 1 − residual/gap; nan where the gap is rounding
     residual: Float[np.ndarray, "layers"]  # KL(patched‖source), nats a position
     gap: float  # KL(unpatched‖source), nats a position
     layers: np.ndarray  # 0: the embedding; ℓ: what block ℓ leaves
@@ -97,7 +99,7 @@ def restored(
     found = _divergences(params, tokens, source, pastes, where, model=model, segments=segments)
     gap, *residual = np.asarray(found, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        fraction = np.where(gap > 0, 1 - np.array(residual) / gap, np.nan)
+        fraction = np.where(gap > ROUNDING, 1 - np.array(residual) / gap, np.nan)
     return Restored(fraction, np.array(residual), float(gap), chosen)
 
 
