@@ -331,7 +331,9 @@ def test_a_refit_recovers_the_worlds_behind_a_perfect_model(texts):
 
 
 def test_a_refit_recovers_signs_and_worlds_that_borrow():
-    start = replace(TINY, prior=(1 / 3, 1 / 3, 1 / 3), noise=0.5, switch=0.5, segment=0.0)
+    start = replace(
+        TINY, prior=(1 / 3, 1 / 3, 1 / 3), noise=0.5, switch=0.5, segment=0.0, answered=1.0
+    )
     rows = [filtered_text(np.random.default_rng(i), 16) for i in range(64)]
     tokens = np.pad(rows, ((0, 0), (1, 0)), constant_values=TINY.bos)
     found = refit(filter_predictions(tokens, TINY), tokens, tokens != TINY.bos, start).worlds
@@ -352,7 +354,9 @@ def test_a_model_that_is_no_filter_leaves_a_residual(texts):
         assert filter_residual(half, tokens, mask, other).kl.value > least
     lost = 0.9 * half
     lost[..., CORE.bos] += 0.1
-    assert_allclose(filter_residual(lost, tokens, mask, CORE).outside, 0.1)
+    found, whole = (filter_residual(x, tokens, mask, CORE) for x in (lost, half))
+    assert_allclose(found.outside, 0.1)
+    assert_allclose(found.kl, whole.kl)
 
 
 def test_a_models_predictions_stand_at_the_token_they_speak_of(model, params):
