@@ -87,6 +87,7 @@ def activations(
     if at.ndim < 2:
         at = jnp.broadcast_to(at.reshape(1, -1), (len(tokens), at.size))
     at = jnp.where(at < 0, at + length, at)
+    at = jnp.where(at < 0, length, at)  # still before the first: beyond the last is nan
     found = jnp.take_along_axis(
         found, at[None, :, :, None], axis=2, mode="fill", fill_value=jnp.nan
     )
