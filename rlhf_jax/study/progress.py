@@ -53,8 +53,8 @@ class Progress:
         share = done / max(total, 1)
         of = f" × {seeds} seeds" if seeds else ""
         left = ""
-        if done > start:
-            rate = (now - since) / (done - start) * total / max(self.work[self._part], 1)
+        if done > start and self.work[self._part]:  # computed arms take no steps
+            rate = (now - since) / (done - start) * total / self.work[self._part]
             steps = sum(self.work.values()) - self._done - share * self.work[self._part]
             left = f"  about {_time(rate * steps)} left"
         self._say(f"{self._where()}  step {done}/{total}{of}{left}", now=done == total)
