@@ -123,9 +123,9 @@ def test_a_sampled_distortion_is_the_enumerated_one_within_its_error():
         model=REFERENCE,
         length=3,
     )
-    close(found.temperature, expected.temperature, 0.06)
-    assert abs(found.kl.value - expected.kl) < 4 * found.kl.error + 0.01
-    assert found.kl.error < 0.02
+    close(found.temperature, expected.temperature, 0.02)
+    close(found.kl.value, expected.kl, 0.003)
+    assert found.kl.error < 0.001 and found.kl.n == 2000
 
 
 traces = []
