@@ -29,17 +29,20 @@ from tasks.predictable import Predictable
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.study import Arm, Settings, Study, Train
 
-SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.6)  # parts of the training after which it is measured
+# Parts of the training after which it is measured.
+SWEEP = (0.0, 0.015, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class Steps(Train):
     """Of RL, and of what it starts from."""
 
+    steps: int = 200
     base_steps: int = 800  # likelihood, from fresh weights
     base_rate: float = 5e-3
     generation_steps: int = 100  # likelihood on own samples, from the last generation's weights
     prepare_steps: int = 600  # of the toy of preparing
+    prepare_rows: int = 128
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ PRESETS = {
     "gpu1": Settings(
         replace(TINY, width=256, layers=4, mlp=704),
         LARGER,
-        Steps(1000, 2048, 5e-4, 4000, 1e-3, 500, 4000),
+        Steps(1000, 2048, 5e-4, 4000, 1e-3, 500, 4000, 1024),
         full=True,
     ),
     "pod": Settings(
         replace(TINY, width=1024, layers=12, heads=16, kv_heads=4, mlp=2816, dtype="bfloat16"),
         LARGER,
-        Steps(4000, 16384, 1e-4, 16000, 3e-4, 2000, 16000),
+        Steps(4000, 16384, 1e-4, 16000, 3e-4, 2000, 16000, 4096),
         full=True,
         together=False,
     ),
@@ -213,6 +216,7 @@ def _preparing(settings: Settings) -> dict[str, Arm]:
                 partial(precaching.draw, task=task),
                 settings,
                 steps=settings.train.prepare_steps,
+                rows=settings.train.prepare_rows,
                 warmup=max(1, settings.train.prepare_steps // 10),
             )
             found[run.name] = Arm(

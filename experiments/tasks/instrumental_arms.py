@@ -51,15 +51,16 @@ def bases(settings) -> dict[str, Config]:
     }
 
 
-def likelihood(name, model, draw, settings, *, steps=None, warmup=0) -> Config:
+def likelihood(name, model, draw, settings, *, steps=None, rows=None, warmup=0) -> Config:
     """A fresh model learns from texts that are drawn anew at every step."""
     train = settings.train
     steps = train.base_steps if steps is None else steps
+    rows = train.rows if rows is None else rows
     rate = partial(adam, learning_rate=train.base_rate, final=0.01, steps=steps, warmup=warmup)
     return Config(
         name=name,
         steps=steps,
-        data={"text": partial(drawn, draw=draw, batch=train.rows)},
+        data={"text": partial(drawn, draw=draw, batch=rows)},
         learners={"policy": Learner(model, mle, batch="text", optimizer=rate)},
         mesh=settings.mesh,
     )

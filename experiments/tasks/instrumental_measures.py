@@ -30,7 +30,8 @@ def endings(
     The closed forms of `PredictableFuture`, built on what was learned and not on the data: `base`,
     `tilted` (KL-RL), `conditioned` (on the reward), `sequence` and `token` (p^{1/τ} of whole texts,
     or of one token at a time) and `best` (the likeliest of n samples) with its myopic counterpart,
-    `best_token`, the likeliest first token of n.
+    `best_token`, the likeliest first token of n. `early` is where KL-RL would end if only the first
+    token learned: b e^{E[r|B]/β}/Z, what follows still being the base's.
     """
     found = texts(task)
     good, mass = reward_of(found.outputs.tokens) > 0, np.exp(logp) * found.times
@@ -41,12 +42,15 @@ def endings(
         return float(weight[found.start == task.b].sum() / weight.sum())
 
     hot = first ** (1 / temperature)
+    expected = np.bincount(found.start, mass * good, task.vocab) / np.maximum(first, 1e-300)
+    early = first * np.exp(expected / beta)
     return {
         "base": float(first[task.b] / first.sum()),
         "tilted": share(logp + good / beta),
         "conditioned": share(np.where(good, logp, -np.inf)),
         "sequence": share(logp / temperature),
         "token": float(hot[task.b] / hot.sum()),
+        "early": float(early[task.b] / early.sum()),
         "best": _best(mass / mass.sum(), logp, n)[found.start == task.b].sum(),
         "best_token": _best(first / first.sum(), first, n)[task.b],
     }
