@@ -1,0 +1,125 @@
+"""The figure of `token_feedback.py`."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rlhf_jax.study.results import Results
+
+BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#3a9a5b", "#dd7b26", "#c23b46"
+PURPLE, GREY = "#8b5fbf", "#777777"
+BY_LABELS = {
+    "horizon_one": ("marks, horizon 1", BLUE, "o"),
+    "dpo": ("preferences, DPO", ORANGE, "^"),
+    "dpo_same": ("preferences, one city", GREY, "v"),
+}
+
+
+def drawn(results: Results, *, labels: tuple[int, ...], usual: int, enough: float) -> Figure:
+    """Labels needed, what happens to a bad token, what else moves, and where marks do not help."""
+    found = Figure(figsize=(12, 8.2), layout="constrained")
+    (need, push), (moved, limits) = found.subplots(2, 2)
+    _need(need, results, labels, enough)
+    _push(push, results, usual)
+    _moved(moved, results, usual)
+    _limits(limits, results, usual)
+    return found
+
+
+def _has(results, arm):
+    return arm in results.arms
+
+
+def _need(axes, results, labels, enough):
+    for i, (kind, (says, colour, marker)) in enumerate(BY_LABELS.items()):
+        there = [n for n in labels if _has(results, f"{kind}_{n}")]
+        if not there:
+            continue
+        wrong = np.array([results.values("wrong_known", f"{kind}_{n}") for n in there])
+        aside = np.array(there) * 1.05 ** (i - 1)  # so that dots of two arms do not hide each other
+        axes.plot(aside, wrong, marker, color=colour, markersize=3, alpha=0.4)
+        axes.plot(aside, wrong.mean(axis=1), color=colour, marker=marker, label=says)
+    axes.axhline(enough, color=GREY, linestyle=":", linewidth=1)
+    axes.text(labels[0], enough, f"{enough:g}", color=GREY, va="bottom", ha="left", fontsize=9)
+    axes.set(
+        xscale="log", yscale="log", xlabel="labels", ylabel="P(wrong country), marked facts",
+        title="How many labels does it take?",
+    )  # fmt: skip
+    axes.set_xticks(labels, [str(n) for n in labels])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+
+
+def _push(axes, results, usual):
+    arms = {
+        "signed": ("signed likelihood", RED, "-"), "unlikelihood": ("unlikelihood", GREEN, "-"),
+        "cringe": ("CRINGE", PURPLE, "-"),
+        "npo": ("token NPO", ORANGE, "-"), f"horizon_one_{usual}": ("horizon 1", BLUE, "-"),
+    }  # fmt: skip
+    for arm, (says, colour, style) in arms.items():
+        if _has(results, arm):
+            steps, each = results.curve("log_false", arm)
+            axes.plot(steps, each.mean(axis=0), color=colour, linestyle=style, label=says)
+            axes.fill_between(
+                steps, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.12, linewidth=0
+            )
+    axes.set_yscale("symlog", linthresh=5)
+    axes.set(
+        xlabel="step", ylabel="log p(false country), marked facts",
+        title="What becomes of a bad token?",
+    )  # fmt: skip
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _moved(axes, results, usual):
+    arms = {
+        "signed": ("signed\nlikelihood", RED), "unlikelihood": ("unlike-\nlihood", GREEN),
+        "cringe": ("CRINGE", PURPLE), "npo": ("token\nNPO", ORANGE),
+        f"horizon_one_{usual}": ("horizon 1", BLUE), f"dpo_{usual}": ("DPO", GREY),
+    }  # fmt: skip
+    arms = {arm: says for arm, says in arms.items() if _has(results, arm)}
+    for i, (arm, (_, colour)) in enumerate(arms.items()):
+        each = results.values("collateral", arm)
+        axes.bar(i, each.mean(), 0.6, color=colour, alpha=0.55)
+        axes.plot(np.full(each.shape, i), each, ".", color="black", markersize=4)
+    axes.set(
+        yscale="log", ylabel="KL to the base, nats per sentence", title="What else moves?"
+    )  # fmt: skip
+    axes.set_xticks(range(len(arms)), [says for says, _ in arms.values()])
+
+
+def _limits(axes, results, usual):
+    groups = (
+        ("facts that nobody\nmarked", "wrong_other", (f"horizon_one_{usual}", "token_model_rl")),
+        ("marked facts", "wrong_known", (f"horizon_one_{usual}", "token_model_rl")),
+        ("decided two\ntokens later", "wrong_known",
+         ("late_horizon_one", "late_dpo", "late_moved")),
+    )  # fmt: skip
+    looks = {
+        f"horizon_one_{usual}": ("marks on the token", BLUE),
+        "late_horizon_one": ("marks on the token", BLUE),
+        "token_model_rl": ("reward model of tokens", PURPLE),
+        "late_dpo": ("preferences (DPO)", ORANGE),
+        "late_moved": ("marks where it is decided", GREEN),
+    }  # fmt: skip
+    place, ticks = 0.0, []
+    for says, metric, arms in groups:
+        first = place
+        for arm in (arm for arm in arms if _has(results, arm)):
+            each, (label, colour) = results.values(metric, arm), looks[arm]
+            fresh = label not in axes.get_legend_handles_labels()[1]
+            axes.bar(place, each.mean(), 0.8, color=colour, alpha=0.6,
+                     label=label if fresh else None)  # fmt: skip
+            axes.plot(np.full(each.shape, place), each, ".", color="black", markersize=4)
+            if 0 in results.steps(arm, metric):
+                before = results.values(metric, arm, 0).mean()
+                axes.plot([place - 0.4, place + 0.4], [before] * 2, color="black", linewidth=1)
+            place += 1
+        ticks.append(((first + place - 1) / 2, says))
+        place += 0.8
+    axes.set(ylabel="P(wrong)", title="Where do marks not reach?", ylim=(0, None))
+    axes.set_xticks([x for x, _ in ticks], [says for _, says in ticks])
+    axes.plot([], [], color="black", linewidth=1, label="before training")
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
