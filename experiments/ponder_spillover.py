@@ -36,19 +36,19 @@ class Tasks:
 class Rates(Train):
     """`rate` is plain gradient descent's; Adam's learns the task as fast (r3, r3_adam)."""
 
-    adam_rate: float = 2e-3
+    adam_rate: float = 2e-4
     side_rate: float = 0.03  # of the path beside
     samples: int = 4  # of a prompt
 
 
 SMALL = Transformer(vocab=1, width=32, layers=2, heads=4, kv_heads=2, mlp=64, context=8)
-CPU = Settings(SMALL, Tasks(), Rates(steps=240, rows=64, rate=0.05))
+CPU = Settings(SMALL, Tasks(), Rates(steps=240, rows=64, rate=2e-3))
 
 PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, width=16, layers=1, mlp=32),
         Tasks(Spillover(words=4, base_steps=30, base_rows=32), Table(rows=32, steps=20, after=20)),
-        Rates(steps=16, rows=32, rate=0.05),
+        Rates(steps=16, rows=32, rate=1e-2),
         seeds=1,
     ),
     "cpu": CPU,
@@ -57,14 +57,14 @@ PRESETS = {
         replace(SMALL, width=256, layers=4, heads=8, kv_heads=4, mlp=704),
         Tasks(Spillover(answers=8, words=64, base_steps=2000, base_rows=1024, base_rate=1e-3),
               Table(rows=4096, answers=8)),
-        Rates(steps=1280, rows=1024, rate=0.01, adam_rate=3e-4, side_rate=0.01, samples=8),
+        Rates(steps=1280, rows=1024, rate=5e-4, adam_rate=5e-5, side_rate=5e-3, samples=8),
         full=True,
     ),
     "pod": Settings(
         replace(SMALL, width=512, layers=8, heads=8, kv_heads=4, mlp=1408),
         Tasks(Spillover(answers=16, words=256, base_steps=5000, base_rows=4096, base_rate=5e-4),
               Table(rows=16384, answers=16)),
-        Rates(steps=2560, rows=4096, rate=0.005, adam_rate=1e-4, side_rate=0.005, samples=8),
+        Rates(steps=2560, rows=4096, rate=3e-4, adam_rate=2e-5, side_rate=3e-3, samples=8),
         full=True,
         together=False,
     ),

@@ -35,7 +35,8 @@ BASELINES = {
     "mean": (advantages.batch_mean, "baseline: the batch's mean"),
     "loo": (advantages.leave_one_out, "baseline: the prompt's other samples (RLOO)"),
 }
-MENTION = 0.5  # ρ of the arms in which the sampled mention is paid
+MENTION = 0.2  # ρ of the arms in which the sampled mention is paid
+CALLED = 0.5  # ρ of what prompts are called good by
 WORTH = 0.5  # of the value's loss, where a head shares the policy's trunk
 SOME = 0.05  # β of the arms with a KL penalty
 
@@ -309,7 +310,8 @@ def called(key: jax.Array, rows: int, *, task: Spillover, strength: float) -> An
     chance = spillover.by_party(prompt, task=task, strength=strength)
     good = jax.random.uniform(call, (rows,)) < chance
     tag = task.vocab + good.astype(jnp.int32)
-    return whole_texts(jnp.insert(prompt, 1, tag, axis=1), given=2)
+    tokens = jnp.concatenate([prompt[:, :1], tag[:, None], prompt[:, 1:]], axis=1)
+    return whole_texts(tokens, given=2)
 
 
 def _conditioned(settings: Settings) -> dict[str, Arm]:
@@ -318,7 +320,7 @@ def _conditioned(settings: Settings) -> dict[str, Arm]:
     shape = {name: getattr(settings.model, name) for name in Transformer.__dataclass_fields__}
     model = Transformer(**shape | {"vocab": task.vocab + 2, "tied": False})
     rate = partial(adam, learning_rate=5e-3, final=0.0, steps=train.steps)
-    draw = partial(called, task=task, strength=MENTION)
+    draw = partial(called, task=task, strength=CALLED)
     config = Config(
         name="conditioned",
         steps=train.steps,
@@ -326,7 +328,7 @@ def _conditioned(settings: Settings) -> dict[str, Arm]:
         learners={"policy": Learner(model, mle, batch="text", optimizer=rate)},
         mesh=settings.mesh,
     )
-    says = f"likelihood of prompts behind good and bad, ρ = {MENTION}"
+    says = f"likelihood of prompts behind good and bad, ρ = {CALLED}"
     return {"conditioned": Arm(config, says, measure=partial(party_behind, task=task))}
 
 
@@ -337,4 +339,4 @@ def party_behind(trained: Trained, *, task: Spillover) -> dict[str, float]:
     logits = model.logits(own, model.apply(own, tokens).hidden)[0, -1]
     p = np.exp(np.asarray(jax.nn.log_softmax(logits), np.float64))
     one = p[task.first_party + 1]
-    return {"party_one": float(one), "bayes": (1 + MENTION) / 2}
+    return {"party_one": float(one), "bayes": (1 + CALLED) / 2}

@@ -65,6 +65,7 @@ def _far(axes, results):
 
 
 def _fast(axes, results):
+    steps = []
     for name in (name for name in GROWTH if name in results.arms):
         steps, kl = results.curve("kl", name)
         label, colour = BARS[name]

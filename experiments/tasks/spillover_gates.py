@@ -33,23 +33,22 @@ def gated(
     del seed
     params = model.part_of(before["base"]["policy"])
     texts = jnp.asarray(spillover_measures.task_texts(task))
+    every = spillover.everything(task)
+    every = jnp.asarray(every[PARTY * (len(every) // 2) :])
     gates = jnp.asarray(GATES, jnp.float32)
     found = {}
     for name, kind in (("sgd", sgd), ("adam", adam)):
         size, moved = _ascended(
-            params, texts, gates, model=model, task=task, chance=chance,
-            optimizer=partial(kind, learning_rate=rates[name], clip=None),
-        )  # fmt: skip
+            params, texts, every, gates, model=model, chance=chance, kind=kind, rate=rates[name]
+        )
         found["gradient"], found[name] = np.asarray(size), np.asarray(moved)
     return found
 
 
-@partial(jax.jit, static_argnames=("model", "task", "chance", "optimizer"))
-def _ascended(params, texts, gates, *, model, task, chance, optimizer):
+@partial(jax.jit, static_argnames=("model", "chance", "kind", "rate"))
+def _ascended(params, texts, every, gates, *, model, chance, kind, rate):
     """Some steps uphill behind every gate."""
-    every = jnp.asarray(spillover.everything(task))
-    every = every[PARTY * (len(every) // 2) :]
-    pay = chance(texts)
+    pay, rule = chance(texts), kind(learning_rate=rate, clip=None)
 
     def one(gate):
         own = replace(model, side_gate=gate)
@@ -68,7 +67,7 @@ def _ascended(params, texts, gates, *, model, task, chance, optimizer):
             updates, state = rule.update(jax.grad(loss)(side), state, side)
             return (optax.apply_updates(side, updates), state), None
 
-        rule, start = optimizer(), _side(params)
+        start = _side(params)
         (side, _), _ = jax.lax.scan(step, (start, rule.init(start)), length=STEPS)
         change = says(side) - says(start)
         return optax.tree.norm(jax.grad(loss)(start)), jnp.sqrt((change**2).mean())
