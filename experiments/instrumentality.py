@@ -51,7 +51,7 @@ class Sizes:
 
     predictable: Predictable = Predictable()
     avoidance: Avoidance = Avoidance()
-    precaching: Precaching = Precaching(bits=6)
+    precaching: Precaching = Precaching()
     beta: float = 0.5  # KL penalty, reward per nat
     temperature: float = 0.8  # of maximum entropy on log p
     best: int = 4  # samples, of which the likeliest is learned from

@@ -109,44 +109,47 @@ def _zoo(axes, r, sizes):
         Line2D([], [], marker="D", ls="", mfc="none", mec="black", ms=9, label="where theory ends"),
         Line2D([], [], color="black", lw=0.8, ls=":", label="the texts"),
     ]
-    axes.legend(handles=marks, fontsize=8, frameon=False, loc="upper left")
+    axes.legend(handles=marks, fontsize=8, frameon=False, loc="lower right")
 
 
 def _strength(axes, r, sizes):
     steps, share = r.curve("share", "kl_rl")
     axes.plot(steps, share.T, color=FAMILIES[FAR], lw=0.7, alpha=0.4)
-    axes.plot(steps, share.mean(0), "o-", color=FAMILIES[FAR], ms=3.5, label="KL-RL, mean")
-    axes.axhline(r.values("tilted", "likelihood").mean(), color="black", lw=0.8, ls="--",
-                 label="closed form")  # fmt: skip
-    axes.axhline(1 - sizes.predictable.first, color="black", lw=0.8, ls=":", label="the texts")
+    axes.plot(steps, share.mean(0), "o-", color=FAMILIES[FAR], ms=3.5, label="KL-RL, mean of seeds")
+    for ending, style, label in (
+        ("early", "-.", "theory: only the first token learns"),
+        ("tilted", "--", "theory: all tokens learn"),
+        ("base", ":", "the base"),
+    ):
+        share = r.values(ending, "likelihood").mean()
+        axes.axhline(share, color="black", lw=0.9, ls=style, label=label, zorder=0)
     axes.set(xlabel="steps of RL", ylabel="P(B)")
-    axes.set_title("More RL, more seeking", loc="left", fontsize=10)
-    axes.legend(fontsize=7.5, frameon=False, loc="lower right")
+    axes.set_title("P(B) while RL trains", loc="left", fontsize=10)
+    axes.legend(fontsize=7.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
 
 
 def _abrupt(axes, r, sizes):
     """Both tokens' KL under two horizons."""
-    ticks = []
-    for i, (arm, name, family) in enumerate(
-        (("avoid", "credit to the start", FAR), ("avoid_one", "credit for one token", NEAR))
+    theory, ticks, labels = sizes.avoidance.future, [], []
+    for i, (arm, name, family, ends) in enumerate(
+        (
+            ("avoid", "credit to the start", FAR, theory.full(sizes.beta)),
+            ("avoid_one", "credit for one token", NEAR, theory.myopic(sizes.beta)),
+        )
     ):
-        kl = [r.values(f"kl_{token}", arm) for token in ("first", "last")]
-        share = r.values("share", arm)
-        theory = sizes.avoidance.future
-        ends = theory.full(sizes.beta) if i == 0 else theory.myopic(sizes.beta)
-        for j, (x, exact, hatch) in enumerate(
-            zip(kl, theory.divergences(ends.start, sizes.beta), ("", "///"), strict=True)
-        ):
-            low, high = bootstrap_t(x)
-            axes.bar(i + 0.36 * (j - 0.5), x.mean(), 0.34, color=FAMILIES[family], alpha=0.75,
-                     hatch=hatch, edgecolor="white")  # fmt: skip
-            axes.plot([i + 0.36 * (j - 0.5)] * 2, [low, high], color="black", lw=1.2)
-            axes.plot(i + 0.36 * (j - 0.5), exact, "D", ms=8, mfc="none", mec="black", mew=1)
-            axes.annotate(f"{('start', 'end')[j]}", (i + 0.36 * (j - 0.5), 0), (0, 3),
-                          textcoords="offset points", ha="center", fontsize=7.5)  # fmt: skip
-        ticks.append(f"{name}\nP(C) = {share.mean():.3f}")
-    axes.set_xticks(range(2), ticks, fontsize=8.5)
+        exact = theory.divergences(ends.start, sizes.beta)
+        for j, token in enumerate(("first", "last")):
+            x, at = r.values(f"kl_{token}", arm), i + 0.4 * (j - 0.5)
+            axes.bar(at, x.mean(), 0.36, color=FAMILIES[family], alpha=(0.85, 0.5)[j])
+            axes.plot([at, at], bootstrap_t(x), color="black", lw=1.2)
+            axes.plot(at, exact[j], "D", ms=8, mfc="none", mec="black", mew=1, clip_on=False)
+        share = r.values("share", arm).mean()
+        ticks += [i - 0.2, i, i + 0.2]
+        labels += ["start", f"\n{name}\nP(C) = {share:.3f}", "end"]
+    axes.set_xticks(ticks, labels, fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
     axes.set(ylabel="KL to the base, nats", xlim=(-0.6, 1.6))
+    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.set_title("A punished end: avoided, or met abruptly", loc="left", fontsize=10)
 
 
@@ -162,5 +165,6 @@ def _prepared(axes, r, sizes):
                       textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
     axes.set_xticks(range(2), names.values(), fontsize=8.5)
     axes.set(ylabel="myopic − whole, nats", xlim=(-0.7, 1.7))
-    axes.margins(y=0.18)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), high + 0.12 * (high - low))
     axes.set_title("What a myopic gradient costs", loc="left", fontsize=10)
