@@ -16,12 +16,12 @@ from functools import partial
 import numpy as np
 from tasks import facts_arms, facts_figure
 from tasks.facts import Facts
+from tasks.facts_curves import ENOUGH, labels_until, line, pace
 
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.study import Claim, Settings, Study, Train
 from rlhf_jax.study.results import Results
 
-ENOUGH = 0.05  # P(wrong) at which an arm has learned the facts
 FORGOTTEN = 0.02  # P(wrong) whose first step is compared
 
 
@@ -48,7 +48,7 @@ class Feedback(Train):
 
 
 SMALL = Transformer(vocab=1, width=32, layers=1, heads=4, kv_heads=2, mlp=64, context=32)
-CPU = Settings(SMALL, Sizes(), Feedback(steps=400, rows=32, rate=2e-3))
+CPU = Settings(SMALL, Sizes(), Feedback(steps=400, rows=64, rate=2e-3))
 
 PRESETS = {
     "cpu_ci": Settings(
@@ -161,8 +161,8 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
         ),
         Claim(
             "P6",
-            "a reward model of tokens carries marks to facts that nobody marked: P(wrong) there "
-            "of horizon 1 on it less that of horizon 1 on the marks",
+            "a reward model of tokens does better than the marks themselves on facts that nobody "
+            "marked: P(wrong) there of horizon 1 on it less that of horizon 1 on the marks",
             lambda r: (
                 r.values("wrong_other", "token_model_rl")
                 - r.values("wrong_other", f"horizon_one_{n}")
@@ -218,6 +218,26 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
               lambda r, arm: labels_until(r, arm, settings.data.labels), (-np.inf, 300.0),
               "labels", {"horizon 1": "horizon_one", "DPO": "dpo"}
               | ({"DPO, one city in a pair": "dpo_same"} if settings.full else {})),
+        *each("labels, false country,", f"labels until P(the false country) ≤ {ENOUGH}",
+              lambda r, arm: labels_until(r, arm, settings.data.labels, metric="false_known"),
+              (-np.inf, 300.0), "labels", {"horizon 1": "horizon_one", "DPO": "dpo"}),
+        Claim(
+            "carried",
+            "P(wrong) of facts that nobody marked, by horizon 1 on the reward model, less before",
+            lambda r: (
+                r.values("wrong_other", "token_model_rl")
+                - r.values("wrong_other", "token_model_rl", 0)
+            ),
+            supported=(-np.inf, 0.0),
+            unit="probability",
+        ),
+        Claim(
+            "insight",
+            "the reward model ranks the right country first: share of cities that nobody marked",
+            lambda r: r.values("right_other", "token_model"),
+            supported=(0.5, np.inf),
+            unit="share",
+        ),
         Claim(
             "reward model",
             "P(wrong) of marked facts: horizon 1 on it less on the marks themselves",
@@ -246,43 +266,6 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
               partial(metric, name="wrong_known"), (-np.inf, ENOUGH), "probability",
               {"marked there": "late_moved"} if settings.full else {}),
     )  # fmt: skip
-
-
-def labels_until(results: Results, kind: str, labels: tuple[int, ...]) -> np.ndarray:
-    """Labels at which P(wrong) of marked facts falls to 5 %, [seeds]; log N is interpolated.
-
-    At the fewest it counts as reached there, which is too many; an arm that never gets there
-    counts with the most, which is too few.
-    """
-    wrong = np.stack([results.values("wrong_known", f"{kind}_{n}") for n in labels], axis=1)
-    log_n, found = np.log(labels), np.full(wrong.shape[0], float(labels[-1]))
-    for seed, row in enumerate(wrong):
-        reached = np.flatnonzero(row <= ENOUGH)
-        if reached.size and reached[0] == 0:
-            found[seed] = labels[0]
-        elif reached.size:
-            i = reached[0]
-            share = (row[i - 1] - ENOUGH) / (row[i - 1] - row[i])
-            found[seed] = np.exp(log_n[i - 1] + share * (log_n[i] - log_n[i - 1]))
-    return found
-
-
-def line(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and R² of each seed's least-squares line over steps; a flat curve has R² = 0."""
-    x = steps - steps.mean()
-    y = values - values.mean(axis=1, keepdims=True)
-    slope = y @ x / (x @ x)
-    total = (y**2).sum(axis=1)
-    explained = slope**2 * (x @ x)
-    return slope, np.divide(explained, total, out=np.zeros_like(total), where=total > 0)
-
-
-def pace(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Slope of a curve in the last half ÷ in the half before, [seeds]: 1 is a line, 0 an end."""
-    half = steps >= steps[-1] / 2
-    late = line(steps[half], values[:, half])[0]
-    early = line(steps[steps <= steps[-1] / 2], values[:, steps <= steps[-1] / 2])[0]
-    return late / early
 
 
 def _first(results: Results, *, arm: str, n: int) -> np.ndarray:

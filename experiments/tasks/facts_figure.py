@@ -41,11 +41,12 @@ def _need(axes, results, labels, enough):
         axes.plot(aside, wrong, marker, color=colour, markersize=3, alpha=0.4)
         axes.plot(aside, wrong.mean(axis=1), color=colour, marker=marker, label=says)
     axes.axhline(enough, color=GREY, linestyle=":", linewidth=1)
-    axes.text(labels[0], enough, f"{enough:g}", color=GREY, va="bottom", ha="left", fontsize=9)
+    axes.text(labels[0] / 1.28, enough, f"{enough:g}", color=GREY, va="bottom", fontsize=9)
     axes.set(
         xscale="log", yscale="log", xlabel="labels", ylabel="P(wrong country), marked facts",
         title="How many labels does it take?",
     )  # fmt: skip
+    axes.set_xlim(labels[0] / 1.3, labels[-1] * 1.3)
     axes.set_xticks(labels, [str(n) for n in labels])
     axes.minorticks_off()
     axes.legend(frameon=False)
@@ -53,18 +54,17 @@ def _need(axes, results, labels, enough):
 
 def _push(axes, results, usual):
     arms = {
-        "signed": ("signed likelihood", RED, "-"), "unlikelihood": ("unlikelihood", GREEN, "-"),
-        "cringe": ("CRINGE", PURPLE, "-"),
-        "npo": ("token NPO", ORANGE, "-"), f"horizon_one_{usual}": ("horizon 1", BLUE, "-"),
+        "signed": ("signed likelihood", RED), "unlikelihood": ("unlikelihood", GREEN),
+        "cringe": ("CRINGE", PURPLE), "npo": ("token NPO", ORANGE),
+        f"horizon_one_{usual}": ("horizon 1", BLUE),
     }  # fmt: skip
-    for arm, (says, colour, style) in arms.items():
+    for arm, (says, colour) in arms.items():
         if _has(results, arm):
             steps, each = results.curve("log_false", arm)
-            axes.plot(steps, each.mean(axis=0), color=colour, linestyle=style, label=says)
+            axes.plot(steps, each.mean(axis=0), color=colour, label=says)
             axes.fill_between(
                 steps, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.12, linewidth=0
             )
-    axes.set_yscale("symlog", linthresh=5)
     axes.set(
         xlabel="step", ylabel="log p(false country), marked facts",
         title="What becomes of a bad token?",
@@ -81,12 +81,13 @@ def _moved(axes, results, usual):
     arms = {arm: says for arm, says in arms.items() if _has(results, arm)}
     for i, (arm, (_, colour)) in enumerate(arms.items()):
         each = results.values("collateral", arm)
-        axes.bar(i, each.mean(), 0.6, color=colour, alpha=0.55)
-        axes.plot(np.full(each.shape, i), each, ".", color="black", markersize=4)
+        axes.plot(np.full(each.shape, i), each, "o", color=colour, alpha=0.35, markersize=5)
+        axes.plot([i - 0.25, i + 0.25], [each.mean()] * 2, color=colour, linewidth=3)
     axes.set(
         yscale="log", ylabel="KL to the base, nats per sentence", title="What else moves?"
     )  # fmt: skip
     axes.set_xticks(range(len(arms)), [says for says, _ in arms.values()])
+    axes.margins(x=0.15)
 
 
 def _limits(axes, results, usual):
@@ -118,8 +119,8 @@ def _limits(axes, results, usual):
             place += 1
         ticks.append(((first + place - 1) / 2, says))
         place += 0.8
-    axes.set(ylabel="P(wrong)", title="Where do marks not reach?", ylim=(0, None))
+    axes.set(ylabel="P(wrong)", title="Where do marks not reach?")
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks([x for x, _ in ticks], [says for _, says in ticks])
     axes.plot([], [], color="black", linewidth=1, label="before training")
-    axes.margins(y=0.3)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
