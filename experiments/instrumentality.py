@@ -57,7 +57,7 @@ class Sizes:
     best: int = 4  # samples, of which the likeliest is learned from
     anchor: float = 0.5  # Quark's KL coefficient
     generations: int = 5  # of a model that learns from its own samples
-    controls: bool = True  # arms for which there is nothing to foresee
+    controls: bool = True  # arms that the primaries' are held against
 
 
 TINY = Transformer(vocab=7, width=32, layers=1, heads=4, kv_heads=2, mlp=64, context=64)
@@ -124,17 +124,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
 
 
 def _core(settings: Settings) -> dict[str, Arm]:
-    """What the primaries compare."""
-    sizes, train = settings.data, settings.train
-    end, ahead = instrumental_arms.kl_rl(settings), instrumental_arms.avoid(settings)
-    near = credited(end, "careful", horizon_one)
-    near = learning(near, model=near_sighted(near.learners["policy"].model))
-    punished = partial(
-        measures.avoided,
-        task=sizes.avoidance,
-        beta=sizes.beta,
-        model=replace(settings.model, vocab=avoidance.VOCAB),
-    )
+    """What the primaries are about."""
+    end = instrumental_arms.kl_rl(settings)
     return {
         "likelihood": _endings(settings, "base"),
         "conditioned": Arm(
@@ -145,26 +136,31 @@ def _core(settings: Settings) -> dict[str, Arm]:
         "kl_rl": Arm(
             end,
             "RL: reward at the end, KL penalty",
-            at=tuple(sorted({round(part * train.steps) for part in SWEEP})),
+            at=tuple(sorted({round(part * settings.train.steps) for part in SWEEP})),
         ),
         "horizon_one": Arm(
             credited(end, "horizon_one", horizon_one), "kl_rl, credit for the next token only"
         ),
-        "careful": Arm(near, "horizon_one, and no loss teaches an earlier position"),
-        "avoid": Arm(ahead, "RL with a punished end, KL penalty", measure=punished),
-        "avoid_one": Arm(
-            credited(ahead, "avoid_one", horizon_one),
-            "avoid, credit for the next token only",
-            measure=punished,
+        "avoid": Arm(
+            instrumental_arms.avoid(settings),
+            "RL with a punished end, KL penalty",
+            measure=_avoided(settings),
         ),
     }
 
 
 def _controls(settings: Settings) -> dict[str, Arm]:
-    """A seeker of predictability; it and RL where there is nothing to foresee."""
+    """Other near-sighted ways; a seeker of predictability; and where there is none to foresee."""
     end, seeker = instrumental_arms.kl_rl(settings), instrumental_arms.max_entropy(settings)
-    base = "shuffled_base"
+    near, base = credited(end, "careful", horizon_one), "shuffled_base"
+    near = learning(near, model=near_sighted(near.learners["policy"].model))
     return {
+        "careful": Arm(near, "horizon_one, and no loss teaches an earlier position"),
+        "avoid_one": Arm(
+            credited(instrumental_arms.avoid(settings), "avoid_one", horizon_one),
+            "avoid, credit for the next token only",
+            measure=_avoided(settings),
+        ),
         "max_entropy": Arm(seeker, "RL paid its base's log p, and for entropy"),
         "shuffled": _endings(settings, base),
         "shuffled_kl_rl": Arm(started(end, "shuffled_kl_rl", base), "kl_rl on shuffled texts"),
@@ -241,6 +237,11 @@ def _endings(settings, base) -> Arm:
     )
     texts = "texts" if base == "base" else "shuffled texts"
     return Arm(run, f"likelihood of {texts}: the base itself", needs=(base,))
+
+
+def _avoided(settings):
+    sizes, model = settings.data, replace(settings.model, vocab=avoidance.VOCAB)
+    return partial(measures.avoided, task=sizes.avoidance, beta=sizes.beta, model=model)
 
 
 def _by_tag(settings):

@@ -94,7 +94,7 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
             "P4",
             "With credit for one token it does not, nor if no gradient reaches earlier positions "
             "either (the index farther from 0)",
-            partial(_farthest, arms=("horizon_one", "careful")),
+            partial(_farthest, arms=[arm for arm in ("horizon_one", "careful") if arm in arms]),
             supported=(-0.05, 0.05),
             possible=(-0.1, 0.1),
             unit="of ι",

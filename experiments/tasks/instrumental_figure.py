@@ -20,11 +20,11 @@ FAMILIES = {
 TEXTS, FAR, NEAR, SAMPLES, CONTROL = FAMILIES
 CAPTION = (
     "Left: P(B), the share of the less likely start whose future is certain, after each way of "
-    "training; dots are means over seeds, bars their 95 % intervals, diamonds where theory says it "
-    "ends, built on the measured base where there is one. Right: P(B) of RL with a KL penalty as "
-    "it trains, a line for each seed; how far the two tokens of the other toy moved, where the "
-    "second is punished nine times of ten after C; and, where it was run, what a gradient that "
-    "later losses do not shape costs."
+    "training. Dots are means over seeds with 95 % intervals, often narrower than the dot; diamonds"
+    " are where theory says it ends, built on the measured base where there is one. Right: P(B) of "
+    "RL with a KL penalty as it trains, a thin line for each seed; how far the two tokens of the "
+    "other toy moved, where the second is punished nine times of ten after the start C; and, if it "
+    "was run, what a gradient costs that later losses do not shape."
 )
 
 
@@ -106,7 +106,16 @@ def _zoo(axes, r, sizes):
     used = [family for family in FAMILIES if any(row[4] == family for row in rows)]
     marks = [Line2D([], [], marker="o", ls="-", color=FAMILIES[f], label=f) for f in used]
     marks += [
-        Line2D([], [], marker="D", ls="", mfc="none", mec="black", ms=9, label="where theory ends"),
+        Line2D(
+            [],
+            [],
+            marker="D",
+            ls="",
+            mfc="none",
+            mec="black",
+            ms=9,
+            label="where theory says it ends",
+        ),
         Line2D([], [], color="black", lw=0.8, ls=":", label="the texts"),
     ]
     axes.legend(handles=marks, fontsize=8, frameon=False, loc="lower right")
@@ -147,7 +156,7 @@ def _abrupt(axes, r, sizes):
         ticks += [i - 0.2, i, i + 0.2]
         labels += ["start", f"\n{name}\nP(C) = {share:.3f}", "end"]
     axes.set_xticks(ticks, labels, fontsize=8.5)
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, pad=6)
     axes.set(ylabel="KL to the base, nats", xlim=(-0.6, 1.6))
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.set_title("A punished end: avoided, or met abruptly", loc="left", fontsize=10)
