@@ -26,7 +26,7 @@ from rlhf_jax.study.together import obstacles
 from rlhf_jax.study.verdicts import estimates, judge
 
 FILE = Path(__file__).parents[1] / "experiments" / "credit_horizon.py"
-SMALL = Local(vocab=3, length=4, place=2, good=1)
+SMALL = Local(vocab=3, length=5, place=3, good=1)
 SEEDS = 8
 
 
@@ -83,12 +83,12 @@ def test_an_oracle_knows_the_value_of_every_state():
 def test_behind_the_token_that_decides_no_advantage_is_left():
     tokens = local_outputs().tokens
     p = law(3)[tokens[:, :-1], tokens[:, 1:]].prod(axis=1)
-    probability = np.broadcast_to(law(3), (4, 4, 3))[np.arange(4)[None], tokens[:, :-1]]
+    probability = law(3)[tokens[:, :-1]]
     # Every text as often as the chain says it, so that means over prefixes are exact.
     state, action = local_measures._known(probability, tokens, SMALL)
-    steps = np.broadcast_to(law(3), (2, 4, 3))
-    said = [[3], [0, 1, 2]]  # tokens that can stand before the first and the second
-    for t in range(2):
+    steps = np.broadcast_to(law(3), (3, 4, 3))
+    said = [[3], [0, 1, 2], [0, 1, 2]]  # what can stand before each of the first three tokens
+    for t in range(3):
         assert_allclose(state[t][said[t]], values(steps, SMALL)[t][said[t]])
     found = local_measures._true_advantages(state, action, tokens)
     true = exact.advantages(p, SMALL.reward_of(tokens), local_outputs())[:, 1:]
@@ -97,8 +97,8 @@ def test_behind_the_token_that_decides_no_advantage_is_left():
 
 
 def test_impossible_places_are_refused():
-    with pytest.raises(ValueError, match="before the last of 4"):
-        replace(SMALL, place=4)
+    with pytest.raises(ValueError, match="before the last of 5"):
+        replace(SMALL, place=5)
     with pytest.raises(ValueError, match="fewer than the 3"):
         replace(SMALL, good=3)
 
@@ -162,7 +162,7 @@ def test_a_horizon_is_measured_against_where_it_must_end_on_its_own_base():
     }
     trained = Trained(
         "final_h1", 0, 1, replace(arm.run, learners=learners),
-        {"policy": toys.markov(base), "critic": toys.markov(base, [0.0, 0, 0, 0, -0.5])},
+        {"policy": toys.markov(base), "critic": toys.markov(base, [0.1, -0.2, 0.3, 0, -0.5])},
         {"chain_base": {"policy": toys.markov(base)}},
     )  # fmt: skip
     found = arm.measure(trained)
@@ -172,7 +172,8 @@ def test_a_horizon_is_measured_against_where_it_must_end_on_its_own_base():
     assert_allclose(found["kl"], 0, atol=1e-12)
     assert_allclose(found["target_kl"][:2], 0, atol=1e-12)
     assert_allclose(found["best"], exact.tilted_value(p, task.reward, beta=0.5))
-    assert_allclose(found["value"], [0.5, 0, 0])
+    first = np.bincount(task.outputs.tokens[:, 1], p)  # of the token before the second
+    assert_allclose(found["value"][:2], [0.5, first @ [0.1, 0.2, 0.3, 0]], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +333,7 @@ def test_overrides_reach_both_toys():
     assert {run.steps for name, run in made.configs.items() if name in made.arms} == {80}
     assert made.arms["final_whole"].run.rollouts.length == 4
     assert "9/16" in made.primaries[3].says
-    assert made.arms["none"].at == (0, 8, 20, 40)
+    assert made.arms["none"].at == (0, 10, 20, 40)
 
 
 @pytest.mark.slow
