@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax.study.results import NotRun, Results, ResultsError, Row
 
@@ -43,6 +43,16 @@ def test_curves_and_vectors():
     assert results.arms == ("base", "ppo")
     assert results.metrics("ppo") == ("kl/0", "kl/1", "kl", "reward")
     assert results.steps("ppo") == (0, 10) and results.steps("ppo", "reward") == (10,)
+
+
+def test_a_metric_is_read_where_another_one_first_rises_to_a_level():
+    reward, entropy = (0.1, 0.5, 0.4, 0.9), (4.0, 3.0, 2.0, 1.0)
+    rows = [Row("a", 0, i, "reward", x) for i, x in enumerate(reward)]
+    rows += [Row("a", 0, i, "entropy", x) for i, x in enumerate(entropy)]
+    results = Results([*rows, *(Row("a", 1, r.step, r.metric, r.value) for r in rows)])
+    found = results.when("entropy", "a", by="reward", level=np.array([0.3, 0.65]))
+    assert_allclose(found, [3.5, 1.5])
+    assert_allclose(results.when("entropy", "a", by="reward", level=2.0), [1, 1])  # never
 
 
 def test_vectors_of_more_than_ten_are_in_the_order_of_their_numbers():

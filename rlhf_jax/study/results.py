@@ -125,6 +125,24 @@ class Results:
         steps = self.steps(arm, metric)
         return np.array(steps), np.stack([self.values(metric, arm, step) for step in steps], axis=1)
 
+    def when(self, metric: str, arm: str, *, by: str, level: float | np.ndarray) -> np.ndarray:
+        """[seeds], a metric where another one first rises to a level; linear between steps.
+
+        So arms are compared at equal reward, or equal KL, and not at the end of each. `level` is
+        one number, or one per seed; where it is never reached: the metric when that came closest.
+        """
+        _, x = self.curve(by, arm)
+        _, y = self.curve(metric, arm)
+        found = []
+        for a, b, goal in zip(x, y, np.broadcast_to(level, len(x)), strict=True):
+            there = np.flatnonzero((a[:-1] < goal) & (a[1:] >= goal))
+            if len(there):
+                i = there[0]
+                found.append(np.interp(goal, a[i : i + 2], b[i : i + 2]))
+            else:
+                found.append(b[np.abs(a - goal).argmin()])
+        return np.array(found)
+
     def vector(self, prefix: str, arm: str, step: int | None = None) -> np.ndarray:
         """[seeds, k] of the metrics prefix/0 … prefix/k−1."""
         ends = [
