@@ -276,7 +276,7 @@ def test_every_claim_can_be_supported_and_refuted(name, values):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("P1", {"shift": 0.02}),
+        ("P1", {"shift": 0.0198}),
         ("P2", {"power": 1.55}),
         ("P3", {"r1_adam": 1e-3}),
         ("P4", {"gate": 1.6}),
