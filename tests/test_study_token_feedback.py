@@ -30,6 +30,7 @@ from tasks.facts import COUNTRY, VERDICT, Facts  # noqa: E402
 TASK = Facts(cities=6, known=3)
 KEY = jax.random.key(3)
 MANY = 20_000
+FEW = 64  # one small number for all: every further shape would be seconds of compiling
 STUDY = token_feedback.config()
 SEEDS = range(8)
 
@@ -89,7 +90,7 @@ def test_of_two_sentences_the_true_one_is_preferred_and_a_coin_decides_between_e
 
 
 def test_a_pair_about_one_city_is_about_one_city():
-    pairs = np.asarray(facts.preferences(KEY, 100, task=TASK, same=True))
+    pairs = np.asarray(facts.preferences(KEY, MANY, task=TASK, same=True))
     assert_array_equal(pairs[:, 0, 1], pairs[:, 1, 1])
 
 
@@ -100,21 +101,21 @@ def base_of(seed):
 
 def test_a_step_looks_at_some_of_the_same_labels():
     """Every row is one of the seed's labels, the city is given; another base has other labels."""
-    look = partial(facts.marked, params={"reference": base_of(0)}, key=None, task=TASK, count=20)
-    tokens, _ = facts.labels(facts.annotator(base_of(0)), 20, task=TASK)
+    look = partial(facts.marked, params={"reference": base_of(0)}, key=None, task=TASK, count=FEW)
+    tokens, _ = facts.labels(facts.annotator(base_of(0)), FEW, task=TASK)
     there = set(map(tuple, np.asarray(tokens)))
     for i in range(2):
-        batch = look(facts.looks(jax.random.key(i), 128))
-        assert set(map(tuple, np.asarray(batch.tokens))) == there
-        assert_array_equal(batch.mask, np.broadcast_to(np.arange(8) > 1, (128, 8)))
+        batch = look(facts.looks(jax.random.key(i), FEW))
+        assert set(map(tuple, np.asarray(batch.tokens))) <= there
+        assert_array_equal(batch.mask, np.broadcast_to(np.arange(8) > 1, (FEW, 8)))
         assert_array_equal(batch.token_score[:, COUNTRY] > 0, truth(batch.tokens))
-    other = facts.labels(facts.annotator(base_of(1)), 20, task=TASK)[0]
+    other = facts.labels(facts.annotator(base_of(1)), FEW, task=TASK)[0]
     assert (np.asarray(other) != tokens).any()
 
 
 def test_tags_say_what_the_mark_says_right_before_the_country():
     batch = facts.tagged(
-        facts.looks(KEY, 64), params={"reference": base_of(0)}, key=None, task=TASK, count=50
+        facts.looks(KEY, FEW), params={"reference": base_of(0)}, key=None, task=TASK, count=FEW
     )
     tokens = np.asarray(batch.tokens)
     good = tokens[:, COUNTRY] == TASK.word("GOOD")
@@ -123,11 +124,11 @@ def test_tags_say_what_the_mark_says_right_before_the_country():
 
 
 def test_sampled_horizon_one_is_paid_the_mean_mark_of_what_it_said():
-    """With two labels a city or more, and nothing for cities and words that nobody marked."""
-    tokens, marks = facts.labels(facts.annotator(base_of(0)), 20, task=TASK)
+    """And nothing for cities and words that nobody marked."""
+    tokens, marks = facts.labels(facts.annotator(base_of(0)), FEW, task=TASK)
     said = np.asarray(TASK.sentence(np.arange(6).repeat(3), np.tile(np.arange(3), 6)))
     rollout = SimpleNamespace(tokens=jnp.asarray(said), mask=jnp.arange(8)[None] > 1)
-    paid = facts_rewards.by_table(rollout, {"reference": base_of(0)}, task=TASK, count=20)
+    paid = facts_rewards.by_table(rollout, {"reference": base_of(0)}, task=TASK, count=FEW)
     expected = np.zeros(said.shape)
     for row, (city, country) in enumerate(said[:, [1, COUNTRY]]):
         about = np.asarray(tokens)[:, 1] == city
@@ -139,7 +140,7 @@ def test_sampled_horizon_one_is_paid_the_mean_mark_of_what_it_said():
 
 def test_the_likelihood_beside_dpo_is_that_of_the_preferred_text():
     pairs = facts.compared(
-        facts.looks(KEY, 4), params={"reference": base_of(0)}, key=None, task=TASK, count=9
+        facts.looks(KEY, FEW), params={"reference": base_of(0)}, key=None, task=TASK, count=FEW
     )
     logp = jax.random.normal(KEY, pairs.tokens.shape)
     terms = facts_rewards.preferred(SimpleNamespace(logp=logp), pairs)
