@@ -77,8 +77,10 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "never asked, and what carries it there?",
         bases={"base": spillover.base(tasks.task, settings.model, mesh=settings.mesh)},
         arms=spillover_arms.arms(settings),
-        primaries=spillover_claims.primaries(tasks.table),
-        secondary=spillover_claims.secondary(tasks.table, full=settings.full),
+        primaries=spillover_claims.primaries(tasks.table, controls=tasks.controls),
+        secondary=spillover_claims.secondary(
+            tasks.table, controls=tasks.controls, full=settings.full
+        ),
         measure=lambda trained: {},
         figure=partial(spillover_figure.figure, table=tasks.table),
         caption="Left: how far the answers to a question that was never asked have moved at the "

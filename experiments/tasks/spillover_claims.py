@@ -77,9 +77,9 @@ def _crossover(results: Results, *, table: Table) -> np.ndarray:
     return found / expected  # one episode of each row a step
 
 
-def primaries(table: Table) -> tuple[Claim, ...]:
-    """Stated before anything was run; theory decides P1, P2, P5 and P6."""
-    return (
+def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
+    """Stated before anything was run; theory decides all but P3. Without controls: P6."""
+    found = (
         Claim(
             "P1",
             "feedback that depends on the asker's party alone takes no side under SGD: Δp(own "
@@ -137,13 +137,25 @@ def primaries(table: Table) -> tuple[Claim, ...]:
             unit="of the update",
         ),
     )
+    return found if controls else found[-1:]
 
 
-def secondary(table: Table, *, full: bool) -> tuple[Claim, ...]:
+def secondary(table: Table, *, controls: bool = True, full: bool = False) -> tuple[Claim, ...]:
     """Estimates without a verdict."""
-    rows = [
-        ("no baseline drifts farther than the batch's mean, at ρ = 1 by E[R²]/Var R = 2",
-         lambda r: ratio(r, "r1_none", "r1_mean"), (0.0, np.inf), "log₁₀ ratio of KL"),
+    rows = _exact()
+    if controls:
+        rows += _trained(table)
+    if full:
+        rows += _others()
+    return tuple(
+        Claim(f"S{i}", says, value, supported=bounds, unit=unit)
+        for i, (says, value, bounds, unit) in enumerate(rows, 1)
+    )
+
+
+def _exact():
+    """Where theory says that nothing is left."""
+    return [
         ("leave-one-out within a prompt changes no weight by a single bit (0 in all seeds)",
          of("bits", "r1_loo"), (-np.inf, 1e-30), "largest change of a weight"),
         ("whatever the correlation with the prompt (ρ = 0, .1, .5, 1) and the baseline, the "
@@ -151,6 +163,17 @@ def secondary(table: Table, *, full: bool) -> tuple[Claim, ...]:
          "of a sampled mention's update"),
         ("a mean of two that includes the own sample keeps (B − 1)/B = ½ of the update (exact)",
          of("kept", "shifted"), (0.49, 0.51), "of the update"),
+        ("ten points more multiply the noise by E[R²]/Var R",
+         lambda r: r.values("noise", "shifted") / r.values("law", "shifted"), (0.95, 1.05),
+         "of that number"),
+    ]  # fmt: skip
+
+
+def _trained(table):
+    """What the arms of the primaries and their controls show besides."""
+    return [
+        ("no baseline drifts farther than the batch's mean, at ρ = 1 by E[R²]/Var R = 2",
+         lambda r: ratio(r, "r1_none", "r1_mean"), (0.0, np.inf), "log₁₀ ratio of KL"),
         ("without a baseline, drift is diffusion", lambda r: exponent(r, "r1_none"), (0.7, 1.3),
          "exponent"),
         ("in a table a push has overtaken noise after (K − 1)/ρ² episodes",
@@ -169,9 +192,6 @@ def secondary(table: Table, *, full: bool) -> tuple[Claim, ...]:
          lambda r: gate_slope(r, "gradient"), (0.9, 1.1), "exponent"),
         ("Adam takes one power of the gate back: exponent of the change",
          lambda r: gate_slope(r, "adam"), (0.7, 1.3), "exponent"),
-        ("ten points more multiply the noise by E[R²]/Var R",
-         lambda r: r.values("noise", "shifted") / r.values("law", "shifted"), (0.95, 1.05),
-         "of that number"),
         ("likelihood of prompts behind a tag does learn who likes it: P(party 1 | good) − (1+ρ)/2",
          lambda r: r.values("party_one", "conditioned") - r.values("bayes", "conditioned"),
          (-0.02, 0.02), "probability"),
@@ -182,31 +202,30 @@ def secondary(table: Table, *, full: bool) -> tuple[Claim, ...]:
         ("paid by the mention, the model mentions that party where it was never asked",
          lambda r: r.vector("mention", "r2").mean(axis=1), (0.0, np.inf), "change of probability"),
     ]  # fmt: skip
-    if full:
-        rows += [
-            ("trained on samples, the same exponent of the gate", _trained_slope, (1.7, 2.3),
-             "exponent"),
-            ("both optimisers at these rates, where the task itself is paid: Adam − SGD",
-             lambda r: r.values("right", "r3_adam") - r.values("right", "r3"), (-0.1, 0.1),
-             "difference in P(right)"),
-            ("permuted within prompts, the push is gone", lambda r: ratio(r, "r2", "r2_within"),
-             (0.5, np.inf), "log₁₀ ratio of KL"),
-            ("permuted across prompts, too", lambda r: ratio(r, "r2", "r2_across"),
-             (0.5, np.inf), "log₁₀ ratio of KL"),
-            ("paid for a tone that both questions share, answers to the other are franker",
-             of("own", "r4"), (0.0, np.inf), "change of P(own token)"),
-            ("the transformer forgets a mention no more than a table",
-             lambda r: r.values("kl", "r5") / r.values("kl", "r2"), (0.8, np.inf), "ratio of KL"),
-            ("with KL it forgets", lambda r: r.values("kl", "r5_kl") / r.values("kl", "r5"),
-             (-np.inf, 1.0), "ratio of KL"),
-            ("what was never trained is not relearned faster after a push",
-             lambda r: _relearned(r, "r2") - _relearned(r, "r0_mean"), (-0.02, 0.02),
-             "P(own token), mean over steps"),
-        ]  # fmt: skip
-    return tuple(
-        Claim(f"S{i}", says, value, supported=bounds, unit=unit)
-        for i, (says, value, bounds, unit) in enumerate(rows, 1)
-    )
+
+
+def _others():
+    """Of the arms that `full` adds."""
+    return [
+        ("trained on samples, the same exponent of the gate", _trained_slope, (1.7, 2.3),
+         "exponent"),
+        ("both optimisers at these rates, where the task itself is paid: Adam − SGD",
+         lambda r: r.values("right", "r3_adam") - r.values("right", "r3"), (-0.1, 0.1),
+         "difference in P(right)"),
+        ("permuted within prompts, the push is gone", lambda r: ratio(r, "r2", "r2_within"),
+         (0.5, np.inf), "log₁₀ ratio of KL"),
+        ("permuted across prompts, too", lambda r: ratio(r, "r2", "r2_across"),
+         (0.5, np.inf), "log₁₀ ratio of KL"),
+        ("paid for a tone that both questions share, answers to the other are franker",
+         of("own", "r4"), (0.0, np.inf), "change of P(own token)"),
+        ("the transformer forgets a mention no more than a table",
+         lambda r: r.values("kl", "r5") / r.values("kl", "r2"), (0.8, np.inf), "ratio of KL"),
+        ("with KL it forgets", lambda r: r.values("kl", "r5_kl") / r.values("kl", "r5"),
+         (-np.inf, 1.0), "ratio of KL"),
+        ("what was never trained is not relearned faster after a push",
+         lambda r: _relearned(r, "r2") - _relearned(r, "r0_mean"), (-0.02, 0.02),
+         "P(own token), mean over steps"),
+    ]  # fmt: skip
 
 
 def _paid(results: Results, arm: str) -> np.ndarray:
