@@ -32,7 +32,7 @@ class Sizes:
     noise: float = 0.1  # share of wrong labels in the arms that have any
     beta: float = 0.25  # mark per nat, of horizon 1 and of RL
     dpo_beta: float = 0.3  # of preferences, with the likelihood of the preferred text
-    plain_beta: float = 3.0  # of DPO alone
+    plain_beta: float = 2.0  # of DPO alone
     base_steps: int = 600
     base_rows: int = 192
     base_rate: float = 5e-3
