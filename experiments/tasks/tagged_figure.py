@@ -27,15 +27,22 @@ def figure(results: Results) -> Figure:
 
 
 def _leaks(axes, results):
-    names = [n for n in ("gate", "ignored", "scrambled", "anchored", "anchored_tenth", "flipped")
-             if n in results.arms]  # fmt: skip
+    names = {"gate": "OFF never\nsampled", "ignored": "OFF not\ntaught",
+             "scrambled": "feedback by\na coin, not tag", "anchored": "OFF anchored\nto the base",
+             "anchored_tenth": "anchored,\n10 % OFF", "flipped": "anchored,\nflips"}  # fmt: skip
+    names = {n: label for n, label in names.items() if n in results.arms} or {"gate": ""}
     for i, (tag, colour) in enumerate((("ON", "tab:orange"), ("OFF", "tab:blue"))):
-        each = np.array([results.values(f"kl_{tag}", name) for name in names or ["gate"]])
+        each = np.array([results.values(f"kl_{tag}", name) for name in names])
         place = np.arange(len(names)) + 0.38 * i - 0.19
         axes.bar(place, each.mean(axis=1), 0.36, color=colour, alpha=0.75, label=f"behind {tag}")
         axes.plot(np.repeat(place, each.shape[1]), each.ravel(), ".", color="black", markersize=3)
+        for x, y in zip(place, each.mean(axis=1), strict=True):  # a bar too low to be seen
+            if y < 1e-2:
+                axes.annotate(f"{y:.0e}", (x, y), (0, 3), textcoords="offset points", ha="center")
     axes.set(ylabel="KL to the base, nats per text", title="Does OFF switch RL off?")
-    axes.set_xticks(np.arange(len(names)), [n.replace("_", "\n") for n in names])
+    axes.set_xticks(
+        np.arange(len(names)), list(names.values()), fontsize=9 if len(names) < 5 else 7
+    )
     axes.legend(frameon=False)
 
 
