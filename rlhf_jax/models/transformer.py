@@ -110,6 +110,8 @@ class Transformer:
         """
         given = {"tap": tap, "attention": attention}
         own = replace(self, **{name: hook for name, hook in given.items() if hook is not None})
+        if positions is None and segments is None:  # known without a scan, which XLA would fold
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
