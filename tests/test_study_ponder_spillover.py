@@ -24,6 +24,7 @@ from rlhf_jax import advantages, exact, measure
 from rlhf_jax.check import check
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import reinforce
+from rlhf_jax.study import Trained
 from rlhf_jax.study.results import Results, Row
 from rlhf_jax.study.together import Together
 from rlhf_jax.study.verdicts import judge
@@ -286,6 +287,34 @@ def test_every_claim_can_be_supported_and_refuted(name, values):
 )
 def test_a_number_between_the_bounds_is_undecided(name, values):
     assert verdict(name, **values) == "undecided"
+
+
+def test_every_claim_reads_what_is_measured():
+    study = ponder_spillover.config(replace(ponder_spillover.PRESETS["full"], seeds=2))
+    model = sized(TINY, TASK)
+    given, run = (
+        {"policy": base_params(model)},
+        ponder_spillover.config(SETTINGS).arms["r1_loo"].run,
+    )
+    seen = Trained("r1_loo", 0, 6, run, given, {"base": given})
+    names = [n for n, x in spillover_measures.drift(seen, task=TASK).items() if np.ndim(x) == 0]
+    others = {
+        "gates": [f"{kind}/{i}" for kind in ("gradient", "sgd", "adam") for i in range(4)],
+        "shifted": ["worst", "null", "kept", "noise", "law"],
+        "conditioned": ["party_one", "bayes"],
+        "r1_none": [*names, "probe_before/0", "probe_before/1"],
+        "r1_shared": [*names, "explained"],
+    } | {name: ["kl", "side"] for name in ("table", "table_noise", "table_kl")}
+    rng = np.random.default_rng(0)
+    results = Results(
+        Row(arm, seed, step, name, rng.uniform(0.1, 1))
+        for arm in study.arms
+        for name in others.get(arm, names)
+        for seed in range(2)
+        for step in (15, 30, 60, 120)
+    )
+    for claim in (*study.primaries, *study.secondary):
+        assert np.shape(claim.value(results)) == (2,), claim.says
 
 
 @pytest.mark.parametrize("preset", sorted(ponder_spillover.PRESETS))

@@ -200,7 +200,7 @@ def _trained(table):
         ("and inert: what answers tell of the party", of("told", "r1_none"), (-np.inf, 1e-3),
          "nats"),
         ("paid by the mention, the model mentions that party where it was never asked",
-         lambda r: r.vector("mention", "r2").mean(axis=1), (0.0, np.inf), "change of probability"),
+         of("mention", "r2"), (0.0, np.inf), "change of probability"),
     ]  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _others():
 
 def _paid(results: Results, arm: str) -> np.ndarray:
     """How much more often a paid mention is made, where it is paid."""
-    return results.vector("mention_task", arm).mean(axis=1)
+    return results.values("mention_task", arm)
 
 
 def _relearned(results: Results, start: str) -> np.ndarray:

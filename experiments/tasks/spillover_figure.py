@@ -16,13 +16,14 @@ BARS = {  # arm: label, colour
     "r1_none": ("no baseline, SGD", "tab:blue"),
     "r1_detached": ("value head, detached, SGD", "tab:blue"),
     "r1_shared": ("value head, shared trunk, SGD", "tab:red"),
-    "r1_adam": ("batch mean, Adam", "tab:red"),
+    "r1_adam": ("batch mean, Adam", "tab:purple"),
     "r2": ("a sampled mention, SGD", "tab:orange"),
     "r2_adam": ("a sampled mention, Adam", "tab:orange"),
 }
 GROUPS = {
     "tab:blue": "paid by the asker's party",
-    "tab:red": "the same, with a carrier",
+    "tab:red": "the same, shared value head",
+    "tab:purple": "the same, Adam",
     "tab:orange": "paid by a sampled token",
 }
 GROWTH = ("r1_none", "r1_shared", "r1_adam", "r2")
@@ -92,7 +93,7 @@ def _fast(axes, results):
 
 def _gone(axes, results, table):
     shown = {"table_noise": ("no KL penalty", "tab:orange"),
-             "table_kl": (f"KL penalty {table.beta:g}", "tab:purple")}  # fmt: skip
+             "table_kl": (f"KL penalty {table.beta:g}", "tab:green")}  # fmt: skip
     for name, (label, colour) in shown.items():
         if name in results.arms:
             steps, side = results.curve("side", name)
