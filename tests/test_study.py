@@ -9,7 +9,7 @@ import tiny_study
 from numpy.testing import assert_allclose
 
 from rlhf_jax import cli
-from rlhf_jax.study import conduct, digest
+from rlhf_jax.study import conduct, digest, work
 from rlhf_jax.study.design import Claim
 from rlhf_jax.study.results import Results
 from rlhf_jax.study.verdicts import judge
@@ -56,9 +56,9 @@ def test_a_study_leaves_results_a_page_and_what_made_them(done):
 def test_what_is_finished_is_not_trained_again(done, monkeypatch, capsys):
     before = (done / "results.jsonl").read_text()
     trained = []
-    real = conduct.Together
+    real = work.Together
     monkeypatch.setattr(
-        conduct, "Together", lambda *a: (trained.append((a[0].name, tuple(a[1]))), real(*a))[1]
+        work, "Together", lambda *a: (trained.append((a[0].name, tuple(a[1]))), real(*a))[1]
     )
     assert study(done) == 0
     assert trained == []
@@ -95,10 +95,10 @@ def test_an_arm_that_was_changed_is_not_mixed_with_what_it_was(done, home):
     settings = tiny_study.PRESETS["cpu_ci"]
     changed = tiny_study.config(settings)
     arms = {**changed.arms, "one": replace(changed.arms["one"], says="something else", at=(2,))}
-    work = conduct.Work(replace(changed, arms=arms), done, (0,))
-    assert work.missing("full") == ()
+    mine = conduct.Work(replace(changed, arms=arms), done, (0,))
+    assert mine.missing("full") == ()
     with pytest.raises(conduct.ConfigError, match="another arm 'one'"):
-        work.missing("one")
+        mine.missing("one")
 
 
 def test_a_study_is_the_same_one_seed_at_a_time_on_a_mesh(done, home):

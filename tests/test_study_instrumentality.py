@@ -28,7 +28,7 @@ from rlhf_jax import cli, exact  # noqa: E402
 from rlhf_jax.check import check  # noqa: E402
 from rlhf_jax.experiment import load_study  # noqa: E402
 from rlhf_jax.models.transformer import Transformer  # noqa: E402
-from rlhf_jax.study.conduct import starts  # noqa: E402
+from rlhf_jax.study.work import starts  # noqa: E402
 from rlhf_jax.study.results import Results, Row  # noqa: E402
 from rlhf_jax.study.together import obstacles  # noqa: E402
 from rlhf_jax.study.verdicts import estimates, judge  # noqa: E402
