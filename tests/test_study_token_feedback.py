@@ -267,16 +267,15 @@ LATE = by_labels("horizon_one", (0.2, 0.15, 0.1, 0.02))
 @pytest.mark.parametrize(
     ("name", "verdict", "changes"),
     [
-        ("P1", "undecided", {"values": {("dpo_50", "wrong_known"): 0.04}}),  # 50 of 25 labels
+        ("P1", "undecided", {"values": by_labels("dpo", (0.2, 0.06, 0.02, 0.01))}),  # 25 ÷ 59
         ("P1", "refuted", {"values": EARLY | LATE}),
         ("P2", "undecided", {"values": {("signed", "collateral"): 0.2}}),
         ("P2", "refuted", {"values": {("signed", "collateral"): 0.05}}),
         ("P3", "undecided", {"values": {("horizon_one_300", "distance/4"): 1e-3}}),
         ("P3", "refuted", {"values": {("horizon_one_300", "distance/4"): 1e-2}}),
         ("P4", "refuted", {"values": {("late_horizon_one", "wrong_known"): 0.02}}),
-        ("P5", "undecided", {"bend": lambda step: -(step**2.3) / 1000}),
+        ("P5", "undecided", {"bend": lambda step: -5 * (1 - np.exp(-step / 190))}),
         ("P5", "refuted", {"bend": lambda step: -5 * (1 - np.exp(-step / 40))}),
-        ("P5", "refuted", {"bend": lambda step: -(step**4) / 1e6}),
         ("P6", "refuted", {"values": {("token_model_rl", "wrong_other"): 0.4}}),
     ],
 )

@@ -127,6 +127,7 @@ def _limits(axes, results, usual):
         place += 0.8
     axes.set(ylabel="P(wrong)", title="Where do marks not reach?")
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1])
     axes.set_xticks([x for x, _ in ticks], [says for _, says in ticks])
     axes.plot([], [], color="black", linewidth=1, label="before training")
     axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
