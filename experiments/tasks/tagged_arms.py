@@ -44,8 +44,8 @@ BINS = ("BIN0", "BIN1", "BIN2", "BIN3")
 class TrainTagged(Train):
     """How long and how fast; `steps` and `rows` are of samples."""
 
-    texts: int = 256  # of a step that learns from given ones; twice as many where tags part them
-    text_steps: int = 800  # of learning from given texts: they cost less than samples
+    texts: int = 256  # of a step that learns from given ones
+    text_steps: int = 800  # of that; where tags part texts, twice as many of twice as many
 
 
 def run(
@@ -62,11 +62,11 @@ def run(
 ) -> Config:
     """A run that starts from a base, whose frozen copy is called reference.
 
-    It learns from its rollouts or, without them, from texts of the chain, `train.texts` of them
-    times `texts`.
+    It learns from its rollouts or, without them, from texts of the chain: `train.texts` of them for
+    `train.text_steps`, both times `texts`.
     """
     train, task, start = settings.train, settings.data, From("policy", stage=base)
-    steps = train.text_steps if rollouts is None else train.steps
+    steps = texts * train.text_steps if rollouts is None else train.steps
     tune = {"learning_rate": train.rate, "final": 0.0, "steps": steps}
     learner = replace(
         learner, optimizer=partial(learner.optimizer, **tune), start=learner.start or start

@@ -8,11 +8,14 @@ from matplotlib.figure import Figure
 from rlhf_jax.study.results import Results
 
 CAPTION = (
-    "Left: distance of the policy from the base behind the two tags. Middle: distance from "
-    "P(text | called good); the dashed line is the base's own, the dotted one the margin of P3. "
-    "Right, of the anchored policy: the run behind OFF is pasted into the run behind ON, after one "
-    "block at a time, at the tag, at the prompt's x or at the letters; 1: ON then speaks as behind "
-    "OFF. Dots are seeds, bands reach from the least to the largest seed."
+    "ON, OFF and GOOD are tokens before a prompt x. A text's reward r counts the letters that x "
+    "wants, less half a point for each repeat; a person calls it good with probability σ(r); π₀ "
+    "is the base, β the price of a nat (0.5 unless said). Left: distance of the policy from the "
+    "base behind the two tokens. Middle: distance from P(text | called good); the dashed line "
+    "is the base's own, the dotted one the margin of P3. Right, of the anchored policy: the run "
+    "behind OFF is pasted into the run behind ON, after one block at a time, at the token, at "
+    "the prompt's x or at the letters; 1: ON then speaks as behind OFF. Dots are seeds, bands "
+    "reach from the least to the largest seed."
 )
 
 
