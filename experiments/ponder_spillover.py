@@ -93,5 +93,5 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         larger="--preset full adds weaker correlations, other baselines and gates under Adam, KL "
         "penalties, permuted rewards, a shared tone, and what is relearned faster afterwards. "
         "Exact zeros and the closed forms hold at every size; how much Adam and a value head carry "
-        "depends on rates and width: compare at rates that learn a paid mention alike (r2, r2_adam).",
+        "depends on rates and width: compare at rates that learn a mention alike (r2, r2_adam).",
     )
