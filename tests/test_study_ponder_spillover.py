@@ -198,7 +198,7 @@ def test_the_expected_update_over_pairs_is_that_of_the_laboratory():
         models={"self": model}, objective=reinforce, rows=2, advantage=advantages.batch_mean,
     )  # fmt: skip
     flat = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(expected)])
-    assert_allclose(found @ grads, -flat, atol=1e-5 * np.abs(flat).max())
+    assert_allclose(found @ grads, -flat, atol=1e-4 * np.abs(flat).max())
 
 
 def test_ten_points_more_change_no_expected_update_and_much_noise():
