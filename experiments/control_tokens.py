@@ -27,7 +27,7 @@ PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, layers=1, width=16, mlp=32),
         Tagged(base_steps=40, base_rows=64),
-        TrainTagged(steps=20, rows=64, rate=5e-3, texts=64, text_steps=20),
+        TrainTagged(steps=20, rows=64, rate=5e-3, texts=64, text_steps=20, controls=False),
         seeds=1,
     ),
     "cpu": CPU,
@@ -98,8 +98,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "as training for it?",
         bases=bases,
         arms=arms,
-        primaries=PRIMARIES,
-        secondary=secondary(settings.full),
+        primaries=tuple(c for c in PRIMARIES if c.name in ALONE or settings.train.controls),
+        secondary=secondary(settings),
         measure=partial(tagged_measures.off_token, task=task),
         figure=tagged_figure.figure,
         caption=tagged_figure.CAPTION,
@@ -192,24 +192,31 @@ PRIMARIES = (
 )
 
 
-def secondary(full: bool) -> tuple[Claim, ...]:
+ALONE = ("P1", "P3", "P4")  # primaries that need no control
+
+
+def secondary(settings: Settings) -> tuple[Claim, ...]:
     """Estimates without a verdict."""
     rows = [
         ("the base does not know the tags: KL between ON and OFF",
          of("base_on_off", "anchored"), (-np.inf, 1e-3), "nats"),
         ("behind ON the anchored policy is the tilt π₀ exp(r/β)/Z",
          of("to_tilt_ON", "anchored"), (-np.inf, 0.05), "total variation"),
-        ("so is the gate's", of("to_tilt_ON", "gate"), (-np.inf, 0.05), "total variation"),
         ("asked for GOOD, it earns what the posterior earns: some texts were lucky",
          of("luck", "condition"), (-0.05, 0.05), "E[r] less the posterior's"),
-        ("and less than without a KL penalty",
-         lambda r: r.values("reward", "no_kl") - r.values("reward", "condition"),
-         (0.0, np.inf), "difference in E[r]"),
         ("the first block has read the tag: pasted behind it, the tag restores less than half",
          lambda r: r.vector("restored_tag", "anchored")[:, 1], (-np.inf, 0.5),
          "share of KL restored"),
     ]  # fmt: skip
-    if full:
+    if settings.train.controls:
+        rows += [
+            ("behind ON the gate's policy is that tilt, too", of("to_tilt_ON", "gate"),
+             (-np.inf, 0.05), "total variation"),
+            ("without a KL penalty more is earned than behind GOOD",
+             lambda r: r.values("reward", "no_kl") - r.values("reward", "condition"),
+             (0.0, np.inf), "difference in E[r]"),
+        ]  # fmt: skip
+    if settings.full:
         rows += [
             ("samples behind OFF that nothing teaches change no leak",
              lambda r: r.values("leak", "ignored") - r.values("leak", "gate"), (-0.1, 0.1),

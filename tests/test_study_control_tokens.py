@@ -33,10 +33,10 @@ from rlhf_jax.experiment import load_study  # noqa: E402
 from rlhf_jax.models.transformer import Transformer  # noqa: E402
 from rlhf_jax.returns_to_go import returns_to_go  # noqa: E402
 from rlhf_jax.study import Trained  # noqa: E402
-from rlhf_jax.study.conduct import starts  # noqa: E402
 from rlhf_jax.study.results import Results, Row  # noqa: E402
 from rlhf_jax.study.together import obstacles  # noqa: E402
 from rlhf_jax.study.verdicts import estimates, judge  # noqa: E402
+from rlhf_jax.study.work import starts  # noqa: E402
 
 TASK = Tagged(prompts=3)
 LONG = Tagged(letters=5, prompts=2, length=6, texts=3000)  # 15 625 texts of each x: sampled
@@ -530,7 +530,8 @@ def test_every_preset_is_a_study_that_can_run(preset, given):
         assert not settings.together or not obstacles(run), name
     for arm in made.arms.values():
         assert set(arm.needs) <= known
-    assert len(made.primaries) == 6
+    assert len(made.primaries) == (3 if preset == "cpu_ci" else 6)
+    estimates(made.secondary, fake(made)), judge(made.primaries, fake(made), arms=made.arms)
     if given:
         model = made.arms["gate"].run.learners["policy"].model
         assert (model.width, model.letters, made.arms["gate"].run.steps) == (64, 16, 30)
@@ -562,4 +563,4 @@ def test_the_whole_study_runs_and_is_resumed(tmp_path, monkeypatch, capsys):
     assert {row["arm"] for row in rows} == set(study.config(study.PRESETS["cpu_ci"]).arms)
     page = (tmp_path / "run" / "index.html").read_text()
     assert "Can one token switch RLHF off" in page and "data:image/png" in page
-    assert "1 seed cannot decide 6 claims" in capsys.readouterr().out
+    assert "1 seed cannot decide 3 claims" in capsys.readouterr().out
