@@ -201,6 +201,13 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
         ),
         Claim(
             "S7",
+            "control of P2: pretrained anew, a model does come back as the filter of its prior",
+            lambda r: r.values("hazard_4", "reweighted") / r.values("refit_hazard_4", "reweighted"),
+            supported=(0.8, 1.25),
+            unit="ratio",
+        ),
+        Claim(
+            "S8",
             "RL does not wait for the world to change, it goes back: tokens of the wanted world "
             "after an interruption, β = 0.02 less the optimum of KL-RL, mean over lags",
             lambda r: (r.vector("returned_4", "rl_02") - r.vector("best_returned_4", "rl_02")).mean(
@@ -210,7 +217,7 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
             unit="share",
         ),
         Claim(
-            "S8",
+            "S9",
             "control of P3: what fine-tuning texts contradict does change, KL after CHAT less the "
             "base's",
             lambda r: _change(r, "chat_kl", "sft"),
@@ -218,14 +225,14 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
             unit="nats",
         ),
         Claim(
-            "S9",
+            "S10",
             "RL says nothing about numbers and leaves them alone: P3 after RL with β = 0.02",
             lambda r: r.values("code_kl", "rl_02") - r.values("code_kl", "sft", 0),
             supported=(-0.02, 0.02),
             unit="nats",
         ),
         Claim(
-            "S10",
+            "S11",
             "with β = 0.02 RL ends where theory says: what its E[r] − β KL lacks to the best",
             lambda r: (
                 r.values("best_objective", "rl_02")
@@ -235,21 +242,21 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
             unit="reward",
         ),
         Claim(
-            "S11",
+            "S12",
             "and only says more of what pays: KL within texts that earn the same",
             lambda r: r.values("kl_within", "rl_02"),
             supported=(-np.inf, 0.02),
             unit="nats per text",
         ),
         Claim(
-            "S12",
-            "control of S11: without KL penalty it changes more than that",
+            "S13",
+            "control of S12: without KL penalty it changes more than that",
             lambda r: r.values("kl_within", "rl_0"),
             supported=(0.05, np.inf),
             unit="nats per text",
         ),
         Claim(
-            "S13",
+            "S14",
             "what the entropy's repair by heat leaves: KL to the base at that temperature ÷ KL at "
             "temperature 1, RL with β = 0.02",
             lambda r: r.values("star_kl", "rl_02") / r.values("kl", "rl_02"),
@@ -264,7 +271,7 @@ def _of_all_arms(sizes: Sizes) -> tuple[Claim, ...]:
     """What only the arms that no primary needs can say."""
     return (
         Claim(
-            "S14",
+            "S15",
             "at equal reward RL keeps more entropy than supervision on its own best texts: nats "
             "per text, RL with β = 0.02 less that",
             lambda r: -_apart(r, "entropy", "reward", 0.5, first="filtered"),
@@ -272,7 +279,7 @@ def _of_all_arms(sizes: Sizes) -> tuple[Claim, ...]:
             unit="nats",
         ),
         Claim(
-            "S15",
+            "S16",
             "a small corpus is learned by heart: H(Y|W) in the block, 100 texts less base",
             lambda r: _change(r, "in_block", "sft_100_texts"),
             supported=(-np.inf, 0.0),
