@@ -88,8 +88,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         figure=partial(credit_figure.figure, task=settings.data.local),
         caption="Left: how far each token's distribution moved from the base; black marks: where "
         "theory puts each horizon on the base that was learned. Right: the share of the policy "
-        "gradient's power that falls on tokens which cannot matter; bands: least and most of the "
-        "seeds.",
+        "gradient's power that falls on tokens which cannot matter. Bars and lines: means; "
+        "whiskers and bands: least and most of the seeds.",
         seeds=settings.seeds,
         together=settings.together,
         larger="Horizons end where theory says at every size whose texts can be enumerated. What "
@@ -112,8 +112,9 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
         ),
         Claim(
             "P2",
-            "paid at the end, a longer horizon earns more at equal KL: the smaller of the gains "
-            "from 1 to 2 tokens and from 2 to all",
+            "paid at the end, a longer horizon earns more at equal KL (read on the line from the "
+            "base through the policy): the smaller of the gains from 1 to 2 tokens and from 2 to "
+            "all",
             _gain,
             supported=(0.0, np.inf),
             unit="reward",

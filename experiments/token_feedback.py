@@ -103,10 +103,10 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
             enough=ENOUGH,
         ),
         caption="Upper left: how often the model still names a wrong country where facts were "
-        "marked, by number of labels (lines: means; dots: seeds). Upper right: the log-probability "
-        "of the false country while training (bands: least and most of the seeds). Lower left: how "
-        "far all that nobody marked moved (bars: means). Lower right: P(wrong) where marks may not "
-        "reach: facts that nobody marked, and texts in which a later word decides.",
+        "marked, by number of labels (lines: means; dots: seeds, everywhere). Upper right: the "
+        "log-probability of the false country while training (bands: least and most of the "
+        "seeds). Lower left: how far all that nobody marked moved (strokes: means). Lower right: "
+        "P(wrong) where marks may not reach: facts that nobody marked, and texts in which a later word decides.",
         seeds=settings.seeds,
         together=settings.together,
         larger="The closed form of horizon 1 holds at every size. How many labels a loss needs, "
@@ -123,8 +123,8 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
         Claim(
             "P1",
             "marks on tokens need at most a third of the labels that preferences need: labels "
-            f"until P(wrong) ≤ {ENOUGH} (interpolated; {most} if never) of exact horizon 1 ÷ of "
-            "DPO with the likelihood of the preferred text",
+            f"until P(wrong) ≤ {ENOUGH} (interpolated; {settings.data.labels[0]} if at "
+            f"once, {most} if never) of exact horizon 1 ÷ of DPO with the likelihood of the preferred text",
             lambda r: (
                 labels_until(r, "horizon_one", settings.data.labels)
                 / labels_until(r, "dpo", settings.data.labels)
@@ -135,9 +135,9 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
         ),
         Claim(
             "P2",
-            "signed likelihood is badly behaved: KL of all that was not marked, after half of its "
-            f"steps at a constant rate ÷ that of exact horizon 1 after all, at a falling one, {n} "
-            "marks (the rates of both sum to the same)",
+            "signed likelihood is badly behaved: its KL on all that was not marked ÷ that of exact "
+            f"horizon 1, {n} marks, where the learning rates of both add up to the same (half of "
+            "its steps; all of the other's)",
             lambda r: (
                 r.values("collateral", "signed", settings.train.steps // 2)
                 / r.values("collateral", f"horizon_one_{n}")

@@ -117,7 +117,7 @@ def test_the_page_says_what_was_asked_what_came_out_and_how_sure_it_is():
         "full every later reward 300 2.2 min",
         "short the next token's computed 0.4 s",
         "On a pod the intervals shrink. rlhf-jax study experiments/credit.py --preset gpu1",
-        "revision 3f6729d preset cpu wall time 3.5 min jax 0.10.2",
+        "revision 3f6729d preset cpu time of arms and bases 3.5 min jax 0.10.2",
         '"learning_rate": 0.002',
     ):
         assert said in shown.text, said

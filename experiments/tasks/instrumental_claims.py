@@ -71,7 +71,8 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
     primaries = (
         Claim(
             "P1",
-            "Likelihood on fixed texts neither seeks nor avoids: P(B) is that of the texts",
+            "Likelihood on fixed texts neither seeks nor avoids: P(B) is that of the texts (P(B) "
+            "less that)",
             lambda r: r.values("base", "likelihood") - future.likelihood(),
             **share,
         ),
@@ -86,7 +87,8 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
         ),
         Claim(
             "P3",
-            "RL with a KL penalty seeks the predictable future, as far as its closed form says",
+            "RL with a KL penalty seeks the predictable future, as far as its closed form says "
+            "(P(B) less that)",
             lambda r: apart(r, "kl_rl", "tilted"),
             **share,
         ),
@@ -102,7 +104,7 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
         Claim(
             "P5",
             "RL with a punished end avoids the start that leads there, as far as its closed form "
-            "says",
+            "says (P(C) less that)",
             lambda r: apart(r, "avoid", "full_share", of="avoid"),
             supported=NEAR,
             possible=FAR,
@@ -110,7 +112,8 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
         ),
         Claim(
             "P6",
-            "The more steps of RL, the more it seeks: P(B) rises all the way",
+            "The more steps of RL, the more it seeks: P(B) rises all the way (net rise ÷ "
+            "all movement)",
             partial(_rise, arm="kl_rl"),
             supported=(0.9, INF),
             unit="of what it moved",

@@ -121,7 +121,8 @@ def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
             "P5",
             "a correlation that is gone is not unlearned by noise, and decays with KL by "
             f"1 − ηβ/K = {table.decay():.4f} a step, half in "
-            f"{np.log(0.5) / np.log(table.decay()):.1f} steps (a table): the larger of both misses",
+            f"{np.log(0.5) / np.log(table.decay()):.1f} steps (a table): how far the rates "
+            "of decay without and with KL miss 0 and theory, the larger of both",
             partial(_unlearned, table=table),
             supported=(-0.2, 0.2),
             possible=(-0.5, 0.5),

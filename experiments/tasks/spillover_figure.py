@@ -22,8 +22,8 @@ BARS = {  # arm: label, colour
 }
 GROUPS = {
     "tab:blue": "paid by the asker's party",
-    "tab:red": "the same, shared value head",
-    "tab:purple": "the same, Adam",
+    "tab:red": "paid by the asker's party, shared value head",
+    "tab:purple": "paid by the asker's party, Adam",
     "tab:orange": "paid by a sampled token",
 }
 GROWTH = ("r1_none", "r1_shared", "r1_adam", "r2")

@@ -29,10 +29,10 @@ WHOLE = "white-space:nowrap"
 HOW = (
     "A claim speaks of the mean of one number per seed. Exact sign-flip tests over the paired "
     "seeds support it if they put the mean inside the prediction, refute it if they put it outside "
-    "(or outside of the wider interval named there), and leave it undecided otherwise; p, "
-    "corrected by Holm for {family}, must be below .05. Intervals are bootstrap-t over seeds. d is "
-    "how far the mean lies from the nearest bound of the prediction, in standard deviations of the "
-    "seeds."
+    "(or outside of the wider interval named there), and leave it undecided otherwise; p is twice "
+    "the smaller p of the two and, corrected by Holm for {family}, must be below .05. Intervals "
+    "are bootstrap-t over seeds and decide nothing. d is how far the mean lies from the nearest "
+    "bound of the prediction, in standard deviations of the seeds; its sign says on which side."
 )
 
 
@@ -217,7 +217,7 @@ def _larger(study: Study, record: Mapping[str, Any]) -> str:
 def _record(record: Mapping[str, Any]) -> str:
     rows = [("revision", record.get("revision")), ("preset", record.get("preset"))]
     if record.get("seconds"):
-        rows.append(("wall time", duration(sum(record["seconds"].values()))))
+        rows.append(("time of arms and bases", duration(sum(record["seconds"].values()))))
     rows += list((record.get("versions") or {}).items())
     shown = ""
     if record.get("command"):

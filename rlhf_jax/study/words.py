@@ -142,7 +142,7 @@ def _told(claim: Claim) -> str:
 
 
 def _bound(value: float) -> str:
-    return f"{value:g}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _cell(words: str) -> str:
