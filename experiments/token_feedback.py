@@ -106,7 +106,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "marked, by number of labels (lines: means; dots: seeds, everywhere). Upper right: the "
         "log-probability of the false country while training (bands: least and most of the "
         "seeds). Lower left: how far all that nobody marked moved (strokes: means). Lower right: "
-        "P(wrong) where marks may not reach: facts that nobody marked, and texts in which a later word decides.",
+        "P(wrong) where marks may not reach: facts that nobody marked, and texts in which "
+        "a later word decides.",
         seeds=settings.seeds,
         together=settings.together,
         larger="The closed form of horizon 1 holds at every size. How many labels a loss needs, "
@@ -124,7 +125,8 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
             "P1",
             "marks on tokens need at most a third of the labels that preferences need: labels "
             f"until P(wrong) ≤ {ENOUGH} (interpolated; {settings.data.labels[0]} if at "
-            f"once, {most} if never) of exact horizon 1 ÷ of DPO with the likelihood of the preferred text",
+            f"once, {most} if never) of exact horizon 1 ÷ of DPO with "
+            "the likelihood of the preferred text",
             lambda r: (
                 labels_until(r, "horizon_one", settings.data.labels)
                 / labels_until(r, "dpo", settings.data.labels)

@@ -28,10 +28,10 @@ from rlhf_jax import cli, exact  # noqa: E402
 from rlhf_jax.check import check  # noqa: E402
 from rlhf_jax.experiment import load_study  # noqa: E402
 from rlhf_jax.models.transformer import Transformer  # noqa: E402
-from rlhf_jax.study.work import starts  # noqa: E402
 from rlhf_jax.study.results import Results, Row  # noqa: E402
 from rlhf_jax.study.together import obstacles  # noqa: E402
 from rlhf_jax.study.verdicts import estimates, judge  # noqa: E402
+from rlhf_jax.study.work import starts  # noqa: E402
 
 STRENGTHS = {"beta": 0.5, "temperature": 0.8, "n": 4}
 USUAL, SHUFFLED = Predictable(), Predictable(shuffled=True)
