@@ -108,6 +108,26 @@ def test_a_study_is_the_same_one_seed_at_a_time_on_a_mesh(done, home):
         assert_allclose(found.vector("kl", arm), expected.vector("kl", arm), atol=1e-4)
 
 
+def test_an_interrupted_seed_keeps_what_was_measured_on_its_way(home):
+    made = tiny_study.config(replace(tiny_study.PRESETS["cpu_ci"], together=False))
+    seen = []
+
+    def measure(trained):
+        seen.append((trained.step, trained.config.steps))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return tiny_study.measure(trained)
+
+    record = {"study": made.name, "settings": {}}
+    made = replace(made, measure=measure)
+    with pytest.raises(KeyboardInterrupt):
+        conduct.conduct(made, home / "stopped", record=record, arms=["full"])
+    results = conduct.conduct(made, home / "stopped", record=record, arms=["full"])
+    assert seen == [(0, 4), (4, 4), (4, 4)]
+    assert_allclose(results.vector("kl", "full", 0), 0, atol=1e-6)
+    assert results.vector("kl", "full")[0, 0] > 0
+
+
 def test_a_study_can_fail(home):
     """Credit that falls on the next token flips the verdict on the claim about the first."""
     verdicts = {}

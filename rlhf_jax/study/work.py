@@ -154,15 +154,27 @@ class Work:
             directory = folder / f"seed{seed}"
             stages = {s: self.folder(s) / f"seed{seed}" for s in self.stages(name)}
             before = self._before(name, seed)
+            path = directory / "measured.jsonl"  # on its way, so that it can be interrupted
+            found = list(Results.read(path).rows) if path.is_file() else []
             for stop in _stops(arm):
+                if stop in {row.step for row in found}:
+                    continue
                 part = replace(config, seed=seed, steps=stop)
                 again = (directory / "checkpoints").is_dir()
                 directory.mkdir(parents=True, exist_ok=True)
                 state = train(part, directory, resume=again, stages=stages, stage=f"{name}/{seed}")
+                if int(state.step) != stop:
+                    raise ConfigError(
+                        f"{directory} is at step {int(state.step)}, and was not measured at step "
+                        f"{stop}; delete that folder to train it again"
+                    )
                 params = {key: learner.params for key, learner in state.learners.items()}
                 curves = _logged(directory / "metrics.jsonl")
-                trained = Trained(name, seed, stop, part, params, before, curves)
-                rows += _rows(name, seed, stop, self._measure(arm)(trained))
+                whole = replace(part, steps=config.steps)
+                trained = Trained(name, seed, stop, whole, params, before, curves)
+                found += _rows(name, seed, stop, self._measure(arm)(trained))
+                Results(found).write(path)
+            rows += found
             self.progress.at(config.steps * (number + 1), config.steps * len(seeds))
         return rows
 
