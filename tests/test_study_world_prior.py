@@ -215,8 +215,9 @@ def test_the_figure_names_every_model():
                 rows += [Row(arm, seed, step, metric, 0.5) for step in STEPS]
     figure = study().figure(Results(rows))
     assert len(figure.axes) == 3
-    labels = [t.get_text() for axes in figure.axes for t in axes.get_legend().get_texts()]
-    assert {"supervised", "RL, β = 0", "RL, β = 0.02", "pretrained anew"} <= set(labels)
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert {"base", "supervised", "RL, β = 0", "RL, β = 0.02", "pretrained anew"} < set(labels)
+    assert len(set(labels)) == len(labels)
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
 
 

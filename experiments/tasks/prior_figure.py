@@ -20,14 +20,17 @@ BASE = ("base", "#777777")
 
 def figure(results: Results, *, sizes: Any) -> Figure:
     """Three questions, three panels."""
-    found = Figure(figsize=(14, 4.6), layout="constrained")
+    found = Figure(figsize=(14, 5.2), layout="constrained")
     left, middle, right = found.subplots(1, 3)
     _narrowing(left, results, sizes)
     _returning(middle, results, sizes)
     _heating(right, results, sizes)
+    shown = {}
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True)) | shown
+    found.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False)
     return found
 
 
@@ -73,6 +76,7 @@ def _returning(axes, results: Results, sizes: Any) -> None:
     axes.set(
         title="After four tokens of another world",
         xlabel="tokens since",
+        xticks=range(0, said.shape[1] + 1, 5),
         ylabel="share of tokens from the wanted world",
         ylim=(0, 1.02),
     )
@@ -95,7 +99,7 @@ def _heating(axes, results: Results, sizes: Any) -> None:
             there = [results.values(x, at).mean() for x in ("star_temperature", "star_share")]
             axes.plot(*there, "o", ms=8, color=colour)
     axes.set(
-        title="Heat: dots where the entropy is the base's again",
+        title="Heated; dots: entropy as the base's",
         xlabel="temperature of the sampler",
         ylabel="the wanted world's share (exact filter)",
         ylim=(0, 1.02),
