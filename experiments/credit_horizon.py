@@ -20,6 +20,7 @@ from tasks.local import Local
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.study import Claim, Settings, Study, Train
 from rlhf_jax.study.results import Results
+from rlhf_jax.study.statistics import farthest
 
 
 @dataclass(frozen=True)
@@ -315,8 +316,7 @@ def _gain(results: Results) -> np.ndarray:
 def _farthest(results: Results, *, expected: float) -> np.ndarray:
     """Of the arms without a critic, at all times, the deviation that is largest in size."""
     arms = ("none", "mean", "leave_one_out")
-    away = np.concatenate([results.curve("waste", arm)[1] - expected for arm in arms], axis=1)
-    return np.take_along_axis(away, np.abs(away).argmax(axis=1)[:, None], axis=1)[:, 0]
+    return farthest(*(results.curve("waste", arm)[1] - expected for arm in arms))
 
 
 def _early_value(results: Results) -> np.ndarray:

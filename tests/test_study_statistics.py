@@ -18,6 +18,7 @@ from rlhf_jax.study.statistics import (
     bootstrap_t,
     effect_size,
     equivalence,
+    farthest,
     holm,
     kaplan_meier,
     law,
@@ -223,6 +224,11 @@ def test_effect_sizes_by_hand():
     assert effect_size([0.1] * 3) == math.inf and effect_size([0.1] * 3, 0.2) == -math.inf
     assert effect_size([0.1] * 3, 0.1) == 0.0 and effect_size([0.0] * 3) == 0.0
     assert math.isnan(effect_size([1.0]))
+
+
+def test_the_farthest_number_of_a_seed_keeps_its_sign():
+    curves = np.array([[0.1, -0.3], [0.2, 0.1], [0.0, 0.0]])
+    assert_allclose(farthest(np.array([0.2, -0.5, 0.0]), curves), [-0.3, -0.5, 0.0])
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms():

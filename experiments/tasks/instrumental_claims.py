@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.measure import instrumentality_index
 from rlhf_jax.study import Claim
 from rlhf_jax.study.results import Results
+from rlhf_jax.study.statistics import farthest
 
 INF = np.inf
 NEAR, FAR = (-0.02, 0.02), (-0.03, 0.03)  # of a share: equal, and still possible
@@ -31,12 +32,6 @@ def _conditioning(r, future):
     plain = r.values("share", "conditioned") - future.likelihood()
     good = r.values("good_share", "conditioned") - future.conditioned()
     return np.maximum(np.abs(plain), np.abs(good))
-
-
-def _farthest(r, arms):
-    """The index farthest from 0."""
-    found = np.stack([index(r, arm, "tilted") for arm in arms])
-    return np.take_along_axis(found, np.abs(found).argmax(0)[None], axis=0)[0]
 
 
 def _rise(r, arm):
@@ -68,6 +63,7 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
     """Primaries and secondary claims, the latter of the arms there are."""
     future = sizes.predictable.future
     share = {"supported": NEAR, "possible": FAR, "unit": "of P(B)"}
+    near = [arm for arm in ("horizon_one", "careful") if arm in arms]
     primaries = (
         Claim(
             "P1",
@@ -96,7 +92,7 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
             "P4",
             "With credit for one token it does not, nor if no gradient reaches earlier positions "
             "either (the index farther from 0)",
-            partial(_farthest, arms=[arm for arm in ("horizon_one", "careful") if arm in arms]),
+            lambda r: farthest(*(index(r, arm, "tilted") for arm in near)),
             supported=(-0.05, 0.05),
             possible=(-0.1, 0.1),
             unit="of ι",

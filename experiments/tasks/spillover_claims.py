@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_jax import measure
 from rlhf_jax.study import Claim
 from rlhf_jax.study.results import Results
-from rlhf_jax.study.statistics import law
+from rlhf_jax.study.statistics import farthest, law
 from tasks import spillover_arms
 from tasks.spillover_gates import GATES
 from tasks.spillover_table import Table
@@ -18,12 +18,6 @@ from tasks.spillover_table import Table
 def of(metric: str, arm: str):
     """A metric of an arm at its end, by seed."""
     return lambda r: r.values(metric, arm)
-
-
-def farthest(*each: np.ndarray) -> np.ndarray:
-    """Of each seed the number that is farthest from 0."""
-    each = np.stack(each, axis=1)
-    return np.take_along_axis(each, np.abs(each).argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 def _shift(results: Results) -> np.ndarray:
@@ -79,6 +73,7 @@ def _crossover(results: Results, *, table: Table) -> np.ndarray:
 
 def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
     """Stated before anything was run; theory decides all but P3. Without controls: P6."""
+    half = measure.half_life(rate=table.rate, beta=table.beta, outcomes=table.answers)
     found = (
         Claim(
             "P1",
@@ -120,9 +115,8 @@ def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
         Claim(
             "P5",
             "a correlation that is gone is not unlearned by noise, and decays with KL by "
-            f"1 − ηβ/K = {table.decay():.4f} a step, half in "
-            f"{np.log(0.5) / np.log(table.decay()):.1f} steps (a table): how far the rates "
-            "of decay without and with KL miss 0 and theory, the larger of both",
+            f"1 − ηβ/K = {table.decay():.4f} a step, half in {half:.1f} steps (a table): how far "
+            "the rates of decay without and with KL miss 0 and theory, the larger of both",
             partial(_unlearned, table=table),
             supported=(-0.2, 0.2),
             possible=(-0.5, 0.5),

@@ -127,6 +127,15 @@ def effect_size(x: Sequence[float] | np.ndarray, against: float = 0.0) -> float:
     return float(away / x.std(ddof=1))
 
 
+def farthest(*each: np.ndarray) -> np.ndarray:
+    """Of several numbers per seed the one that is farthest from 0, with its sign, [seeds].
+
+    Each argument is [seeds], or [seeds, k]: k of them.
+    """
+    each = np.column_stack(each)
+    return np.take_along_axis(each, np.abs(each).argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
 class Law(NamedTuple):
     """y = slope · x + intercept, one of each per seed."""
 
