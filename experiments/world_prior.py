@@ -35,6 +35,7 @@ class Sizes:
     injected: tuple[int, ...] = (4,)  # tokens of another world, in the attractor test
     temperatures: tuple[float, ...] = (0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0, 2.6)
     matched: float = 0.75  # the reward at which arms are compared
+    controls: bool = True  # pretraining anew, and RL without a KL penalty
 
 
 SMALL = Transformer(vocab=1, width=32, layers=2, heads=4, kv_heads=2, mlp=64, context=64)
@@ -44,7 +45,7 @@ PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, width=16, layers=1, mlp=32),
         Sizes(base_steps=20, base_rows=32, sft_steps=8, sft_rows=16, samples=64,
-              temperatures=(0.7, 1.0, 1.6)),
+              temperatures=(0.7, 1.0, 1.6), controls=False),
         Train(steps=6, rows=32, rate=1e-3),
         seeds=1,
     ),
@@ -67,6 +68,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+NEED = ("P1", "P6", "S7", "S13")  # claims that need the controls
+
 
 def config(settings: Settings = PRESETS["cpu"]) -> Study:
     """Ways to move a model towards one world; `full` has more of them."""
@@ -77,8 +80,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "supervised texts as by RL?",
         bases=prior_arms.bases(settings),
         arms=prior_arms.arms(settings),
-        primaries=_primaries(sizes),
-        secondary=_secondary(settings),
+        primaries=tuple(c for c in _primaries(sizes) if sizes.controls or c.name not in NEED),
+        secondary=tuple(c for c in _secondary(settings) if sizes.controls or c.name not in NEED),
         measure=lambda trained: {},
         figure=lambda results: prior_figure.figure(results, sizes=sizes),
         caption="Left: entropy over worlds against what texts earn, along training; lower is "

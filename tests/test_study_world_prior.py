@@ -134,7 +134,7 @@ def test_a_task_too_short_for_an_interruption_is_refused():
 
 def test_a_model_is_not_away_from_itself_and_is_from_another():
     made = study("cpu_ci")
-    model = made.arms["rl_0"].run.learners["policy"].model
+    model = made.arms["rl_02"].run.learners["policy"].model
     one, other = (model.init(jax.random.key(i)) for i in range(2))
     other = jax.tree.map(lambda x: 3 * x, other)
     sizes = replace(study_file.PRESETS["cpu_ci"].data, task=SHORT, samples=8)
@@ -227,7 +227,8 @@ def test_the_figure_names_every_model():
 @pytest.mark.parametrize("preset", ["cpu_ci", "cpu", "full", "gpu1", "pod"])
 def test_every_preset_can_be_run(preset):
     made = study(preset)
-    assert len(made.primaries) == 6 and made.seeds == (1 if preset == "cpu_ci" else 8)
+    assert len(made.primaries) == (4 if preset == "cpu_ci" else 6)
+    assert made.seeds == (1 if preset == "cpu_ci" else 8)
     for run in made.configs.values():
         if made.together:
             check(replace(run, mesh=(1, 1, 1)), devices=1)

@@ -25,7 +25,9 @@ CORPORA = {"sft_100_texts": 100, "sft_2000_texts": 2000}
 def bases(settings: Settings) -> dict[str, Config]:
     """Models of the worlds, by likelihood: the prior as it is, and the wanted world at `moved`."""
     task = settings.data.task
-    found = {"base": task.worlds, "reweighted_base": task.reweighted}
+    found = {"base": task.worlds}
+    if settings.data.controls:
+        found["reweighted_base"] = task.reweighted
     return {name: _pretrained(settings, name, worlds) for name, worlds in found.items()}
 
 
@@ -52,21 +54,23 @@ def arms(settings: Settings) -> dict[str, Arm]:
     """Fine-tuning on texts of the wanted world, pretraining with more of it, and RL towards it."""
     sizes, task, model = settings.data, settings.data.task, _model(settings)
     measure = partial(prior_measures.policy, sizes=sizes)
-    found = {
-        "reweighted": Arm(
+    anew, found = ("reweighted_base",) if sizes.controls else (), {}
+    if sizes.controls:
+        found["reweighted"] = Arm(
             partial(prior_measures.pretrained, model=model, sizes=sizes, source="reweighted_base"),
             f"pretrained anew, {task.moved:.0%} of its texts' tokens from the wanted world",
-            needs=("base", "reweighted_base"),
-        ),
-        "sft": Arm(
-            _sft(settings, "sft", partial(prior.texts, worlds=task.alone, length=task.length)),
-            "supervised on texts of the wanted world alone",
-            looks(sizes.sft_steps, RISING),
-            partial(measure, target="reweighted_base"),
-            needs=("reweighted_base",),
-        ),
-    }
+            needs=("base", *anew),
+        )
+    found["sft"] = Arm(
+        _sft(settings, "sft", partial(prior.texts, worlds=task.alone, length=task.length)),
+        "supervised on texts of the wanted world alone",
+        looks(sizes.sft_steps, RISING),
+        partial(measure, first=True, target="reweighted_base" if anew else None),
+        needs=anew,
+    )
     for name, beta in (ALL_BETAS if settings.full else BETAS).items():
+        if not beta and not sizes.controls:
+            continue
         says = f"RL for the wanted world's tokens, {f'β = {beta}' if beta else 'no KL penalty'}"
         at = looks(settings.train.steps, SOON)
         found[name] = Arm(_rl(settings, name, beta), says, at, partial(measure, beta=beta))

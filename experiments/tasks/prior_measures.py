@@ -24,18 +24,23 @@ LEAD = 8  # tokens of the wanted world in front of an interruption
 
 
 def policy(
-    trained: Trained, *, sizes: Any, beta: float | None = None, target: str | None = None
+    trained: Trained,
+    *,
+    sizes: Any,
+    beta: float | None = None,
+    target: str | None = None,
+    first: bool = False,
 ) -> dict[str, Any]:
     """An arm at one of its steps: `texts_of` its weights, and at the end all else.
 
-    With a `target`, a base, also how far the arm is from that; and all else of the start, too.
+    With a `target`, a base, also how far the arm is from that; `first`: all else at its start, too.
     """
     model = trained.config.learners["policy"].model
     params, base = trained.weights["policy"], trained.before["base"]["policy"]
     found = texts_of(params, base, model=model, sizes=sizes, seed=trained.seed)
     if target is not None:
         found |= away(trained.before[target]["policy"], params, model=model, sizes=sizes)
-    if trained.step == trained.config.steps or (target is not None and trained.step == 0):
+    if trained.step == trained.config.steps or (first and trained.step == 0):
         found |= habits(params, base, model=model, sizes=sizes, seed=trained.seed, beta=beta)
     if beta:
         found |= {
