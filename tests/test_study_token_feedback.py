@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.special import log_softmax
 
 from rlhf_jax import cli
 from rlhf_jax.check import check
@@ -205,7 +206,7 @@ def test_what_moved_is_the_sum_over_places_without_the_marked_countries():
 
     found = measure(run_of("horizon_one_4", params, base))
     now, before = (
-        np.asarray(facts_measures.said(tree, model=model, task=task), np.float64)
+        log_softmax(np.asarray(facts_measures.said(tree, model=model, task=task), np.float64), -1)
         for tree in (params, base)
     )
     p, city = np.exp(now[0, :, COUNTRY - 1]), np.arange(task.cities)

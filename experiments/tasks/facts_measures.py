@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import measure
 from rlhf_jax.study import Trained
 from tasks import facts
 from tasks.facts import COUNTRY, VERDICT, Facts
@@ -24,7 +25,7 @@ def said(params, *, model, task: Facts, tag: str | None = None):
     if tag is not None:
         word = jnp.full(tokens.shape[:1], task.word(tag))
         tokens = facts.with_tag(tokens, word)
-    logp = _next(params, tokens, model)
+    logp = measure.next_logp(params, tokens, model=model)[:, :-1]
     if tag is not None:  # what would be said instead of the tag is nobody's business
         logp = jnp.delete(logp, COUNTRY - 1, axis=1, assume_unique_indices=True)
     return logp.reshape(2, task.cities, *logp.shape[1:])
@@ -34,10 +35,6 @@ def sentences(task: Facts) -> jax.Array:
     """The true sentence of every city, then the false ones, [2 cities, 8]."""
     city = jnp.tile(jnp.arange(task.cities), 2)
     return task.sentence(city, city * 0 + (jnp.arange(2 * task.cities) >= task.cities))
-
-
-def _next(params, tokens, model):
-    return jax.nn.log_softmax(model.logits(params, model.apply(params, tokens).hidden[:, :-1]))
 
 
 def effects(
@@ -55,7 +52,7 @@ def effects(
     base = trained.before["base"]["policy"]
     before = np.asarray(said(base, model=model, task=task), np.float64)
     now = np.asarray(said(trained.weights["policy"], model=model, task=task, tag=tag), np.float64)
-    kl = _kl(now, before)
+    kl = measure.row_kl(now, before)
     share = np.array([1 - task.false, task.false])[:, None]
     moved = (share * kl.sum(axis=2)).sum(axis=0)  # [cities], the countries included
     place = COUNTRY - 1
@@ -83,11 +80,6 @@ def effects(
     return found
 
 
-def _kl(now, before):
-    """KL(now‖before) over the vocabulary."""
-    return (np.exp(now) * (now - before)).sum(axis=-1)
-
-
 def _distance(trained, now, before, task, beta):
     """KL of the policy from horizon 1's optimum by place, on the sentences that were marked."""
     made = trained.config.derived["feedback"].make.keywords
@@ -97,7 +89,7 @@ def _distance(trained, now, before, task, beta):
     lie = (tokens[:, COUNTRY] != task.country(tokens[:, 1], 0)).astype(int)
     aim = before.copy()
     aim[:, :, COUNTRY - 1] = best  # elsewhere nothing is marked: the base
-    return _kl(now, aim)[lie, tokens[:, 1], 1:].mean(axis=0)  # the city is given
+    return measure.row_kl(now, aim)[lie, tokens[:, 1], 1:].mean(axis=0)  # the city is given
 
 
 @partial(jax.jit, static_argnames="how")
@@ -131,7 +123,7 @@ def late_effects(trained: Trained, *, task: Facts) -> dict[str, float]:
 def _late(params, *, model, task: Facts):
     city = jnp.tile(jnp.arange(task.cities), 2)
     lie = jnp.arange(2 * task.cities) >= task.cities
-    logp = _next(params, task.sentence(city, lie, lie), model)
+    logp = measure.next_logp(params, task.sentence(city, lie, lie), model=model)[:, :-1]
     return logp.reshape(2, task.cities, *logp.shape[1:])
 
 

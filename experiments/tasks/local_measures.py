@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import measure
 from rlhf_jax.data.drawn import one_prompt
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.score import score
@@ -47,12 +48,11 @@ def credit(
     power = np.asarray(_power(logp, rollout.tokens, advantage), np.float64)
     probability, some = np.exp(np.asarray(logp, np.float64)), rollout.tokens[:PREFIXES]
     base = _next(trained.before["local_base"]["policy"], some, model=model)
-    gap = np.asarray(logp[:PREFIXES] - base, np.float64)
     found = {
         "waste": power[task.place :].sum() / power.sum(),
         "power": power,
         "reward": probability[:, task.place - 1, : task.good].sum(axis=1).mean(),
-        "kl": (probability[:PREFIXES] * gap).sum(axis=(1, 2)).mean(),
+        "kl": measure.row_kl(logp[:PREFIXES], base).sum(axis=1).mean(),
     }
     if trained.step in compare:
         tokens = np.asarray(rollout.tokens)
@@ -87,13 +87,9 @@ def _advantages(spec, rollout, value, rows):
     return jax.jit(jax.vmap(one))(*batches).reshape(rollout.mask.shape)[:, 1:]
 
 
-@partial(jax.jit, static_argnames="model")
 def _next(params, tokens, *, model):
     """Log-probabilities of what may be said at each place, [n, t − 1, v]."""
-    # Positions are given: to find them in a text without padding takes XLA long to compile.
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model.apply(params, tokens, positions=positions).hidden
-    return jax.nn.log_softmax(model.logits(params, hidden[:, :-1]))
+    return measure.next_logp(params, tokens, model=model)[:, :-1]
 
 
 @jax.jit

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import measure
 from rlhf_jax.config import Config, Learner
 from rlhf_jax.data.drawn import drawn, whole_texts
 from rlhf_jax.models.transformer import Transformer
@@ -59,7 +60,6 @@ def party_behind(trained: Trained, *, task: Spillover) -> dict[str, float]:
     """P(u = 1 | good), and what Bayes says it is."""
     model, own = trained.config.learners["policy"].model, trained.weights["policy"]
     tokens = jnp.array([[task.bos, task.vocab + 1]], jnp.int32)
-    logits = model.logits(own, model.apply(own, tokens).hidden)[0, -1]
-    p = np.exp(np.asarray(jax.nn.log_softmax(logits), np.float64))
+    p = np.exp(np.asarray(measure.next_logp(own, tokens, model=model), np.float64)[0, -1])
     one = p[task.first_party + 1]
     return {"party_one": float(one), "bayes": (1 + CALLED) / 2}
