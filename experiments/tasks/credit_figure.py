@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlhf_jax.study.bands import band
 from rlhf_jax.study.results import Results
 from tasks.local import Local
 
@@ -66,11 +67,7 @@ def _wastes(axes, results: Results, task: Local) -> None:
     for arm, (label, style) in LINES.items():
         if arm in results.arms:
             steps, waste = results.curve("waste", arm)
-            x = 100 * steps / steps[-1]
-            axes.plot(x, waste.mean(axis=0), label=label, lw=1.5, **style)
-            axes.fill_between(
-                x, waste.min(axis=0), waste.max(axis=0), color=style["color"], alpha=0.2, lw=0
-            )
+            band(axes, 100 * steps / steps[-1], waste, label=label, lw=1.5, **style)
     share = f"{task.length - task.place}/{task.length}"
     axes.axhline(task.behind, color="black", ls="--", lw=1, label=f"{share}: all tokens alike")
     axes.set(

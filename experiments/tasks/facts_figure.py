@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlhf_jax.study.bands import band
 from rlhf_jax.study.results import Results
 
 BLUE, LIGHT, GREEN = "#1f6fb4", "#7fb2dd", "#3a9a5b"
@@ -61,11 +62,7 @@ def _push(axes, results, usual):
     }  # fmt: skip
     for arm, (says, colour) in arms.items():
         if _has(results, arm):
-            steps, each = results.curve("log_false", arm)
-            axes.plot(steps, each.mean(axis=0), color=colour, label=says)
-            axes.fill_between(
-                steps, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.12, linewidth=0
-            )
+            band(axes, *results.curve("log_false", arm), color=colour, label=says)
     axes.set(
         xlabel="step", ylabel="log p(false country), marked facts",
         title="What becomes of a bad token?",

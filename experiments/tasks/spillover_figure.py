@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlhf_jax.study.bands import band
 from rlhf_jax.study.results import Results
 from tasks.spillover_table import Table
 
@@ -77,8 +78,7 @@ def _fast(axes, results):
     for name in (name for name in GROWTH if name in results.arms):
         steps, kl = results.curve("kl", name)
         label, colour = BARS[name]
-        axes.plot(steps, kl.mean(axis=0), color=colour, marker=MARKS[name], label=label)
-        axes.fill_between(steps, kl.min(axis=0), kl.max(axis=0), color=colour, alpha=0.12)
+        band(axes, steps, kl, color=colour, marker=MARKS[name], label=label)
     for name, slope in (("r1_none", 1), ("r2", 2)):
         if name in results.arms:
             steps, kl = results.curve("kl", name)
@@ -97,8 +97,7 @@ def _gone(axes, results, table):
     for name, (label, colour) in shown.items():
         if name in results.arms:
             steps, side = results.curve("side", name)
-            axes.plot(steps, side.mean(axis=0), color=colour, marker="o", label=label)
-            axes.fill_between(steps, side.min(axis=0), side.max(axis=0), color=colour, alpha=0.15)
+            band(axes, steps, side, color=colour, marker="o", label=label)
             rate = table.decay() if name == "table_kl" else 1.0
             theory = side[:, 0].mean() * rate**steps
             axes.plot(steps, theory, ":", color="black", linewidth=1)
