@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlhf_jax.study.bands import band
 from rlhf_jax.study.results import Results
 
 LOOKS = {
@@ -66,8 +67,7 @@ def _returning(axes, results: Results, sizes: Any) -> None:
         said = results.vector("returned_4", arm, step)
         filtered = results.vector("refit_returned_4", arm, step).mean(0)
         lags = np.arange(1, said.shape[1] + 1)
-        axes.plot(lags, said.mean(0), lw=1.8, color=colour, label=label)
-        axes.fill_between(lags, said.min(0), said.max(0), color=colour, alpha=0.15, lw=0)
+        band(axes, lags, said, lw=1.8, color=colour, label=label)
         axes.plot(lags, filtered, "--", lw=1.2, color=colour)
         if "best_returned_4/0" in results.metrics(arm):
             best = results.vector("best_returned_4", arm, step).mean(0)
@@ -93,8 +93,7 @@ def _heating(axes, results: Results, sizes: Any) -> None:
         ),
     ]:
         heat = np.asarray(sizes.temperatures)
-        axes.plot(heat, share.mean(0), "-", lw=1.6, color=colour, label=label)
-        axes.fill_between(heat, share.min(0), share.max(0), color=colour, alpha=0.15, lw=0)
+        band(axes, heat, share, lw=1.6, color=colour, label=label)
         if at is not None:
             there = [results.values(x, at).mean() for x in ("star_temperature", "star_share")]
             axes.plot(*there, "o", ms=8, color=colour)
