@@ -267,17 +267,20 @@ def _secondary(settings: Settings) -> tuple[Claim, ...]:
             unit="ratio",
         ),
     )
-    return found + _of_all_arms(sizes) if settings.full else found
+    return found + _of_all_arms() if settings.full else found
 
 
-def _of_all_arms(sizes: Sizes) -> tuple[Claim, ...]:
+def _of_all_arms() -> tuple[Claim, ...]:
     """What only the arms that no primary needs can say."""
     return (
         Claim(
             "S15",
             "at equal reward RL keeps more entropy than supervision on its own best texts: nats "
             "per text, RL with β = 0.02 less that",
-            lambda r: -_apart(r, "entropy", "reward", 0.5, first="filtered"),
+            lambda r: (
+                r.when("entropy", "rl_02", by="reward", level=r.values("reward", "filtered"))
+                - r.values("entropy", "filtered")
+            ),
             supported=(0.0, np.inf),
             unit="nats",
         ),
@@ -296,9 +299,7 @@ def _change(results: Results, metric: str, arm: str) -> np.ndarray:
     return results.values(metric, arm) - results.values(metric, arm, 0)
 
 
-def _apart(
-    results: Results, metric: str, by: str, level: float | np.ndarray, first: str = "sft"
-) -> np.ndarray:
-    """A metric of one arm less that of RL with β = 0.02, where another metric is equal."""
-    one, other = (results.when(metric, arm, by=by, level=level) for arm in (first, "rl_02"))
+def _apart(results: Results, metric: str, by: str, level: float | np.ndarray) -> np.ndarray:
+    """A metric of the supervised arm less that of RL with β = 0.02, where another one is equal."""
+    one, other = (results.when(metric, arm, by=by, level=level) for arm in ("sft", "rl_02"))
     return one - other

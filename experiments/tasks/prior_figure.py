@@ -24,7 +24,7 @@ def figure(results: Results, *, sizes: Any) -> Figure:
     found = Figure(figsize=(14, 5.2), layout="constrained")
     left, middle, right = found.subplots(1, 3)
     _narrowing(left, results, sizes)
-    _returning(middle, results, sizes)
+    _returning(middle, results)
     _heating(right, results, sizes)
     shown = {}
     for axes in (left, middle, right):
@@ -57,7 +57,7 @@ def _narrowing(axes, results: Results, sizes: Any) -> None:
     )
 
 
-def _returning(axes, results: Results, sizes: Any) -> None:
+def _returning(axes, results: Results) -> None:
     """The wanted world's tokens by lag after another world's: models, and filters."""
     shown = {"base": ("sft", 0, *BASE)}
     shown |= {arm: (arm, None, *look) for arm, look in _arms(results).items()}

@@ -61,10 +61,11 @@ def pretrained(
 def texts_of(params: Params, base: Params, *, model: Any, sizes: Any, seed: int) -> dict[str, Any]:
     """Of texts that a model writes: what they earn, which worlds they are of, KL to the base.
 
-    `reward`, `share` [worlds], `world_entropy` H(W), `in_block` H(Y|W) in the most likely world's
-    block and `rate` H(Y), all but the first from the model's own distributions (nats per token);
-    `entropy` and `kl`, nats per text; `kl_levels` + `kl_within` = `kl`, split by how much of the
-    wanted world a text has.
+    `reward`, `share` [worlds], `world_entropy` H(W); given the text before, `in_block`, the entropy
+    of a token in the most likely world's block, and `rate`, that of any token: all but the first
+    from the model's own distributions, nats per token. `entropy` and `kl`, nats per text; `kl` is
+    `kl_levels`, of how much of the wanted world a text has, to the process, and the rest,
+    `kl_within`, which holds the base's own error too and may lie below 0 by that.
     """
     task: Prior = sizes.task
     rollout, says = _written(params, base, sizes.samples, seed, 1.0, model=model, task=task)
@@ -187,7 +188,7 @@ def _asked(params, sign, name, *, model, sizes, seed) -> dict[str, float]:
 def _heated(params, base, *, model, sizes, seed) -> dict[str, Any]:
     """Curves over temperatures, and what is there at T*, where the entropy is the base's again.
 
-    nan where it never is, between the coldest and the hottest.
+    If it never is: at the coldest or the hottest, whichever is closer.
     """
     task: Prior = sizes.task
     _, plain = _written(base, None, sizes.samples, seed, 1.0, model=model, task=task)
@@ -209,8 +210,7 @@ def _heated(params, base, *, model, sizes, seed) -> dict[str, Any]:
     curves = measure.sweep(at, sizes.temperatures)
     found = {f"heated_{name}": x for name, x in curves.items() if name != "temperature"}
     heat, target = np.log(curves["temperature"]), float(plain.entropy)
-    hot_enough = curves["entropy"].min() <= target <= curves["entropy"].max()
-    star = np.interp(target, curves["entropy"], heat) if hot_enough else np.nan
+    star = np.interp(target, curves["entropy"], heat)
     there = {
         f"star_{x}": float(np.interp(star, heat, curves[x])) for x in ("share", "reward", "kl")
     }
