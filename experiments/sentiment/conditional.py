@@ -6,7 +6,7 @@ Conditional training (Korbak et al. 2023): each sentence of the corpus gets a to
 of it, good from 0.5 on and bad below, dropped from one text in ten; the base model is fine-tuned on
 them, and samples follow the good token. The same prompts, sampling and score as `ppo.py`; the
 reference does not see the tokens.
-Expect little: in 400 updates a text's likelihood learns 0.05 nats from its token, and asking for good
+Expect little: in 400 updates a text's likelihood gains 0.05 nats by its token, and asking for good
 gives a score of 0.20, asking for bad 0.18 (the base: 0.15).
 """
 
