@@ -27,8 +27,9 @@ PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, layers=1, width=16, mlp=32),
         Tagged(base_steps=40, base_rows=64),
-        TrainTagged(steps=20, rows=64, rate=5e-3, texts=64, text_steps=20, controls=False),
+        TrainTagged(steps=20, rows=64, rate=5e-3, texts=64, text_steps=20),
         seeds=1,
+        arms=("anchored", "condition"),
     ),
     "cpu": CPU,
     "full": replace(CPU, full=True),
@@ -98,7 +99,7 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "as training for it?",
         bases=bases,
         arms=arms,
-        primaries=tuple(c for c in PRIMARIES if c.name in ALONE or settings.train.controls),
+        primaries=PRIMARIES,
         secondary=secondary(settings),
         measure=partial(tagged_measures.off_token, task=task),
         figure=tagged_figure.figure,
@@ -192,9 +193,6 @@ PRIMARIES = (
 )
 
 
-ALONE = ("P1", "P3", "P4")  # primaries that need no control
-
-
 def secondary(settings: Settings) -> tuple[Claim, ...]:
     """Estimates without a verdict."""
     rows = [
@@ -207,15 +205,12 @@ def secondary(settings: Settings) -> tuple[Claim, ...]:
         ("the first block has read the tag: pasted behind it, the tag restores less than half",
          lambda r: r.vector("restored_tag", "anchored")[:, 1], (-np.inf, 0.5),
          "share of KL restored"),
+        ("behind ON the gate's policy is that tilt, too", of("to_tilt_ON", "gate"),
+         (-np.inf, 0.05), "total variation"),
+        ("without a KL penalty more is earned than behind GOOD",
+         lambda r: r.values("reward", "no_kl") - r.values("reward", "condition"),
+         (0.0, np.inf), "difference in E[r]"),
     ]  # fmt: skip
-    if settings.train.controls:
-        rows += [
-            ("behind ON the gate's policy is that tilt, too", of("to_tilt_ON", "gate"),
-             (-np.inf, 0.05), "total variation"),
-            ("without a KL penalty more is earned than behind GOOD",
-             lambda r: r.values("reward", "no_kl") - r.values("reward", "condition"),
-             (0.0, np.inf), "difference in E[r]"),
-        ]  # fmt: skip
     if settings.full:
         rows += [
             ("samples behind OFF that nothing teaches change no leak",

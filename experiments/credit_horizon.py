@@ -54,6 +54,7 @@ PRESETS = {
         Tasks(local=Local(8, 8, 3, 2), base_steps=20, base_rows=32, samples=256),
         Both(steps=8, rows=32, local_rows=16),
         seeds=1,
+        arms=("final_h1", "gae"),
     ),
     "cpu": CPU,
     "full": replace(CPU, full=True),

@@ -22,7 +22,7 @@ from tasks import (
 )
 from tasks import instrumental_measures as measures
 from tasks.avoidance import Avoidance
-from tasks.instrumental_arms import credited, horizon_one, learning, near_sighted, started
+from tasks.instrumental_arms import HORIZON_ONE, credited, learning, near_sighted, started
 from tasks.precaching import Precaching
 from tasks.predictable import Predictable
 
@@ -57,7 +57,6 @@ class Sizes:
     best: int = 4  # samples, of which the likeliest is learned from
     anchor: float = 0.5  # Quark's KL coefficient
     generations: int = 5  # of a model that learns from its own samples
-    controls: bool = True  # arms that the primaries' are held against
 
 
 TINY = Transformer(vocab=7, width=32, layers=1, heads=4, kv_heads=2, mlp=64, context=64)
@@ -66,9 +65,10 @@ LARGER = Sizes(Predictable(keys=16, length=12), precaching=Precaching(16), tempe
 PRESETS = {
     "cpu_ci": Settings(
         replace(TINY, width=16, mlp=16),
-        Sizes(Predictable(keys=2, length=2), controls=False),
+        Sizes(Predictable(keys=2, length=2)),
         Steps(steps=8, rows=32, base_steps=16, generation_steps=4, prepare_steps=4),
         seeds=1,
+        arms=("likelihood", "conditioned", "kl_rl", "horizon_one"),
     ),
     "cpu": Settings(TINY, Sizes(), Steps()),
     "full": Settings(TINY, Sizes(), Steps(), full=True),
@@ -90,9 +90,7 @@ PRESETS = {
 
 def config(settings: Settings = PRESETS["cpu"]) -> Study:
     """Arms in the order of their training; `full` adds those that no primary needs."""
-    arms = _core(settings)
-    if settings.data.controls:
-        arms |= _controls(settings)
+    arms = _core(settings) | _controls(settings)
     if settings.full:
         arms |= _others(settings) | _generations(settings) | _preparing(settings)
     primaries, secondary = instrumental_claims.claims(settings.data, arms)
@@ -139,7 +137,7 @@ def _core(settings: Settings) -> dict[str, Arm]:
             at=tuple(sorted({round(part * settings.train.steps) for part in SWEEP})),
         ),
         "horizon_one": Arm(
-            credited(end, "horizon_one", horizon_one), "kl_rl, credit for the next token only"
+            credited(end, "horizon_one", HORIZON_ONE), "kl_rl, credit for the next token only"
         ),
         "avoid": Arm(
             instrumental_arms.avoid(settings),
@@ -152,12 +150,12 @@ def _core(settings: Settings) -> dict[str, Arm]:
 def _controls(settings: Settings) -> dict[str, Arm]:
     """Other near-sighted ways; a seeker of predictability; and where there is none to foresee."""
     end, seeker = instrumental_arms.kl_rl(settings), instrumental_arms.max_entropy(settings)
-    near, base = credited(end, "careful", horizon_one), "shuffled_base"
+    near, base = credited(end, "careful", HORIZON_ONE), "shuffled_base"
     near = learning(near, model=near_sighted(near.learners["policy"].model))
     return {
         "careful": Arm(near, "horizon_one, and no loss teaches an earlier position"),
         "avoid_one": Arm(
-            credited(instrumental_arms.avoid(settings), "avoid_one", horizon_one),
+            credited(instrumental_arms.avoid(settings), "avoid_one", HORIZON_ONE),
             "avoid, credit for the next token only",
             measure=_avoided(settings),
         ),

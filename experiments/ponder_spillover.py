@@ -25,7 +25,6 @@ class Tasks:
 
     task: Spillover = Spillover()
     table: Table = Table()
-    controls: bool = True  # arms that the two exact zeros are held against
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ CPU = Settings(SMALL, Tasks(), Rates(steps=240, rows=64, rate=6e-4))
 PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, width=16, layers=1, mlp=32),
-        Tasks(Spillover(words=4, base_steps=30, base_rows=32), controls=False),
+        Tasks(Spillover(words=4, base_steps=30, base_rows=32)),
         Rates(steps=16, rows=32, rate=1e-2),
         seeds=1,
+        arms=("r1_loo", "shifted"),
     ),
     "cpu": CPU,
     "full": replace(CPU, full=True),
@@ -77,10 +77,8 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         "never asked, and what carries it there?",
         bases={"base": spillover.base(tasks.task, settings.model, mesh=settings.mesh)},
         arms=spillover_arms.arms(settings),
-        primaries=spillover_claims.primaries(tasks.table, controls=tasks.controls),
-        secondary=spillover_claims.secondary(
-            tasks.table, controls=tasks.controls, full=settings.full
-        ),
+        primaries=spillover_claims.primaries(tasks.table),
+        secondary=spillover_claims.secondary(tasks.table, full=settings.full),
         measure=lambda trained: {},
         figure=partial(spillover_figure.figure, table=tasks.table),
         caption="Left: how far the answers to a question that was never asked have moved at the "

@@ -36,7 +36,6 @@ class Sizes:
     base_steps: int = 600
     base_rows: int = 192
     base_rate: float = 5e-3
-    controls: bool = True  # arms that other places, other rewards and other losses need
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,10 @@ CPU = Settings(SMALL, Sizes(), Feedback(steps=400, rows=64, rate=2e-3))
 PRESETS = {
     "cpu_ci": Settings(
         replace(SMALL, width=16, mlp=32),
-        Sizes(Facts(4, 2), labels=(4,), usual=4, base_steps=16, base_rows=16, controls=False),
+        Sizes(Facts(4, 2), labels=(4,), usual=4, base_steps=16, base_rows=16),
         Feedback(steps=4, rows=8, sampled=8),
         seeds=1,
+        arms=("horizon_one_4", "dpo_4", "signed"),
     ),
     "cpu": CPU,
     "full": replace(CPU, data=Sizes(labels=(25, 50, 100, 300, 1000)), full=True),
@@ -84,16 +84,9 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         name="token_feedback",
         question="Is it enough to mark bad tokens and train on the marks, without RL and without "
         "comparing whole texts, and which loss bears it?",
-        bases={
-            name: facts_arms.base(settings, name)
-            for name in ("base", "late_base")[: 1 + settings.data.controls]
-        },
+        bases={name: facts_arms.base(settings, name) for name in ("base", "late_base")},
         arms=arms,
-        primaries=tuple(
-            claim
-            for claim in _primaries(settings)
-            if settings.data.controls or claim.name not in ("P4", "P6")
-        ),
+        primaries=_primaries(settings),
         secondary=facts_claims.secondary(settings, tuple(arms)),
         measure=lambda trained: {},
         figure=partial(

@@ -167,6 +167,23 @@ def whitened(
     return masked.whiten(raw, mask, shift_mean=shift_mean), target
 
 
+def centred(
+    reward: Float[Array, "b t"],
+    value: Float[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_id: Int[Array, "b"] | None = None,
+    *,
+    advantage: Callable,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Another function's advantages less the batch's mean at the same position; its own targets.
+
+    A baseline for each position where no critic is: with a reward per token, what is still to come
+    falls along the text whatever was said.
+    """
+    found, target = advantage(reward=reward, value=value, mask=mask, prompt_id=prompt_id)
+    return masked.select(found - masked.mean(found, mask, axis=0)[None], mask), target
+
+
 def free_play(
     reward: Float[Array, "b t"],
     value: Float[Array, "b t"],

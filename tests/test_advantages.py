@@ -7,7 +7,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from reference import gae_loop, import_rlax
 
-from rlhf_jax.advantages import gae, group_relative, leave_one_out, reward_to_go, whitened
+from rlhf_jax.advantages import (
+    centred,
+    gae,
+    group_relative,
+    leave_one_out,
+    reward_to_go,
+    whitened,
+)
 
 EVERY = {
     "gae": gae,
@@ -15,6 +22,7 @@ EVERY = {
     "group_relative": group_relative,
     "leave_one_out": leave_one_out,
     "whitened gae": partial(whitened, advantage=gae),
+    "centred reward_to_go": partial(centred, advantage=reward_to_go),
 }
 MASK = np.array(
     [
@@ -151,6 +159,15 @@ def test_whitening_changes_the_advantage_and_not_the_target():
     spread, _ = run(whitened, advantage=partial(gae, trace=0.5), shift_mean=False)
     assert_allclose(spread[MASK], kept / kept.std(), atol=0.5)
     assert_allclose(spread[MASK].mean(), kept.mean(), rtol=1e-4)
+
+
+def test_centring_takes_off_the_mean_of_those_who_said_something_at_that_position():
+    plain, plain_target = run(reward_to_go)
+    found, target = run(centred, advantage=reward_to_go)
+    for t in range(MASK.shape[1]):
+        kept = plain[MASK[:, t], t]
+        assert_allclose(found[MASK[:, t], t], kept - kept.mean() if len(kept) else [], atol=1e-6)
+    assert_array_equal(target, plain_target)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -158,14 +158,10 @@ def test_reward_at_the_end_pays_for_itself_where_it_is_cheap(base):
 @pytest.mark.slow
 def test_with_a_horizon_of_one_token_the_choice_stays_that_of_the_base(base):
     params, p = base
-    found = policy(params, reward=at_the_end, advantage=horizon_one)
+    own = partial(advantages.credit_horizon, horizon=1)
+    centred = partial(advantages.centred, advantage=own)
+    found = policy(params, reward=at_the_end, advantage=centred)
     assert abs(found - pst.share_of_b(p)) < 0.02
-
-
-def horizon_one(reward, value, mask, prompt_id):
-    """Each token's own reward less its KL, centred over the batch at that position."""
-    found, target = advantages.credit_horizon(reward, value, mask, prompt_id, horizon=1)
-    return masked.select(found - masked.mean(found, mask, axis=0)[None], mask), target
 
 
 @pytest.mark.slow

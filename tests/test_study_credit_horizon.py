@@ -340,9 +340,8 @@ def test_overrides_reach_both_toys():
 def test_from_one_command_to_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     page = command.run(str(FILE), [], tmp_path / "out", preset="cpu_ci")
-    assert (tmp_path / "out" / "figure.png").stat().st_size > 10_000
     found = Results.read(tmp_path / "out" / "results.jsonl")
     verdicts = judge(study("cpu_ci").primaries, found)
-    assert {v.verdict for v in verdicts} == {"undecided"}  # of one seed
-    assert all(math.isfinite(v.estimate) for v in verdicts)
+    assert {v.claim.name for v in verdicts if math.isfinite(v.estimate)} == {"P1"}
+    assert {v.verdict for v in verdicts} == {"undecided", "not run"}  # of one seed, of two arms
     assert "5/8" in page.read_text()

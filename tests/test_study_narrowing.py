@@ -26,7 +26,7 @@ SEEDS, STEPS = 6, (0, 20, 60)
 GOOD = {
     "sft": {"gold": (0.1, 0.5, 0.9), "entropy": (4.8, 4.6, 4.4), "distinct_2": 0.9,
             "kl": (0, 3, 9), "returned": -0.3, "followed": 0.2},
-    "ppo": {"gold": 0.7, "entropy": 4.5, "distinct_2": 0.9, "kl": 4.0, "returned": -0.1,
+    "ppo": {"gold": (0.1, 0.4, 0.7), "entropy": 4.5, "distinct_2": 0.9, "kl": 4.0, "returned": -0.1,
             "followed": 0.5},
 }  # fmt: skip
 
@@ -56,9 +56,11 @@ def test_the_primary_can_end_in_all_three(entropy, spread, expected):
     assert found.verdict == expected
 
 
-def test_arms_are_compared_where_supervision_pleases_as_much_as_ppo():
-    found = narrowing._apart(results(0.0), metric="kl")  # gold 0.7: between steps 20 and 60
+def test_arms_are_compared_at_the_highest_gold_score_that_both_reach():
+    found = narrowing._apart(results(0.0), metric="kl")  # PPO's end; supervised, before its own
     assert_allclose(found, np.full(SEEDS, 6.0 - 4.0))
+    further = results(0.0, gold=(0.1, 0.7, 1.1), kl=(0.0, 4.0, 8.0))  # PPO before its end
+    assert_allclose(narrowing._apart(further, metric="kl"), np.full(SEEDS, 9.0 - 6.0))
 
 
 def test_the_figure_has_both_arms_and_labels():

@@ -79,9 +79,13 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
             "sft": Arm(
                 _sft(settings),
                 f"supervised on sentences rated {settings.data.liked:g} or better",
-                tuple(sorted({settings.data.sft_steps * i // 12 for i in (0, 1, 2, 4, 8)})),
+                _along(settings.data.sft_steps),
             ),
-            "ppo": Arm(_ppo(settings), "PPO against a reward model of people's preferences"),
+            "ppo": Arm(
+                _ppo(settings),
+                "PPO against a reward model of people's preferences",
+                _along(settings.train.steps),
+            ),
         },
         primaries=(
             Claim(
@@ -98,13 +102,18 @@ def config(settings: Settings = PRESETS["cpu"]) -> Study:
         figure=_figure,
         caption="What each arm loses as it pleases the judge more: entropy of the next word, the "
         "share of different word pairs, and how pleased the judge is with what follows a disliked "
-        "sentence's words. Lines: supervised, along training; squares: PPO's end; one per seed. "
-        "Arms are compared where the supervised line reaches PPO's gold score.",
+        "sentence's words. Thin lines: seeds, along training. Arms are compared at the highest "
+        "gold score that both reach.",
         seeds=settings.seeds,
         together=settings.together,
         larger="The judge is a regression on words: a larger policy finds out sooner what it does "
         "not see. Six seeds and one primary: the smallest p is 2/64.",
     )
+
+
+def _along(steps: int) -> tuple[int, ...]:
+    """Steps after which an arm is measured, closer at first."""
+    return tuple(sorted({steps * i // 12 for i in (0, 1, 2, 4, 8)}))
 
 
 def _secondary() -> tuple[Claim, ...]:
@@ -134,9 +143,10 @@ def _secondary() -> tuple[Claim, ...]:
 
 
 def _apart(results: Results, *, metric: str) -> np.ndarray:
-    """Supervised, where it pleases as much as PPO does at its end, less PPO."""
-    level = results.values("gold", "ppo")
-    return results.when(metric, "sft", by="gold", level=level) - results.values(metric, "ppo")
+    """Supervised less PPO, each where it first pleases as much as the other ever does, or more."""
+    level = np.minimum(*(results.curve("gold", arm)[1].max(axis=1) for arm in ("sft", "ppo")))
+    one, other = (results.when(metric, arm, by="gold", level=level) for arm in ("sft", "ppo"))
+    return one - other
 
 
 def _fall(results: Results, arm: str, step: int | None) -> np.ndarray:
@@ -318,13 +328,12 @@ def _figure(results: Results) -> Figure:
         "returned": ("After eight words of a disliked sentence", "gold score of what follows"),
     }
     for axes, (metric, (title, label)) in zip(found.subplots(1, 3), shown.items(), strict=True):
-        _, x = results.curve("gold", "sft")
-        _, y = results.curve(metric, "sft")
-        axes.plot(x.T, y.T, "-", lw=0.8, color="#3d85c8", alpha=0.5)
-        axes.plot(x.mean(0), y.mean(0), "-o", ms=4, lw=2, color="#3d85c8", label="supervised")
+        for arm, colour, name in (("sft", "#3d85c8", "supervised"), ("ppo", "#e0803a", "PPO")):
+            _, x = results.curve("gold", arm)
+            _, y = results.curve(metric, arm)
+            axes.plot(x.T, y.T, "-", lw=0.8, color=colour, alpha=0.5)
+            axes.plot(x.mean(0), y.mean(0), "-o", ms=4, lw=2, color=colour, label=name)
         axes.plot(x[:, 0].mean(), y[:, 0].mean(), "o", ms=8, color="#777777", label="base")
-        ends = results.values("gold", "ppo"), results.values(metric, "ppo")
-        axes.plot(*ends, "s", ms=6, color="#e0803a", alpha=0.8, ls="none", label="PPO")
         axes.set(title=title, xlabel="gold score, rating from −4 to 4", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)

@@ -54,10 +54,7 @@ def base(settings: Settings, name: str) -> Config:
 
 
 def everything(settings: Settings) -> dict[str, Arm]:
-    """All arms; those that no primary needs only if the settings say `full`.
-
-    Without `data.controls` only a few: enough to see that they run.
-    """
+    """All arms; those that no primary needs only if the settings say `full`."""
     beta, usual = settings.data.beta, settings.data.usual
     exact = {
         "objective": partial(horizon_one, kl_coefficient=beta),
@@ -78,15 +75,14 @@ def everything(settings: Settings) -> dict[str, Arm]:
         )  # fmt: skip
     signed = {"objective": signed_likelihood, "final": 1.0}
     found["signed"] = over("signed likelihood, at a constant rate", look=True, **signed)
-    if settings.data.controls:
-        found["unlikelihood"] = over("unlikelihood", look=True, **rest)
-        found["dpo_plain"] = over(
-            f"DPO alone, {usual} preferences", look=True, **_preferences(settings, plain=True)
-        )
-        found |= _second_hand(settings)
-        late = partial(over, late=True)
-        found["late_horizon_one"] = late("horizon 1, marks on the country, decided later", **exact)
-        found["late_dpo"] = late("preferences, decided later", **pairs)
+    found["unlikelihood"] = over("unlikelihood", look=True, **rest)
+    found["dpo_plain"] = over(
+        f"DPO alone, {usual} preferences", look=True, **_preferences(settings, plain=True)
+    )
+    found |= _second_hand(settings)
+    late = partial(over, late=True)
+    found["late_horizon_one"] = late("horizon 1, marks on the country, decided later", **exact)
+    found["late_dpo"] = late("preferences, decided later", **pairs)
     if settings.full:
         found |= _others(settings, over, exact=exact, rest=rest, pairs=pairs, signed=signed)
     return found

@@ -27,13 +27,15 @@ from tasks import avoidance, predictable
 from tasks.predictable import Predictable
 
 NO_KL = rewards.KL(0.0, adaptive=False)
+HORIZON_ONE = partial(  # each token's own reward less its KL
+    advantages.centred, advantage=partial(advantages.credit_horizon, horizon=1)
+)
 
 
 def futures(sizes) -> dict[str, Predictable]:
     """The toy and its control, by the names of their bases."""
     toy = sizes.predictable
-    control = {"shuffled_base": replace(toy, shuffled=True)} if sizes.controls else {}
-    return {"base": toy, **control}
+    return {"base": toy, "shuffled_base": replace(toy, shuffled=True)}
 
 
 def bases(settings) -> dict[str, Config]:
@@ -103,12 +105,6 @@ def kl_rl(settings, **rollouts) -> Config:
         rollouts=Rollouts(**(given | rollouts)),
         mesh=settings.mesh,
     )
-
-
-def horizon_one(reward, value, mask, prompt_id):
-    """Each token's own reward less its KL, centred over the batch at that position."""
-    found, target = advantages.credit_horizon(reward, value, mask, prompt_id, horizon=1)
-    return masked.select(found - masked.mean(found, mask, axis=0)[None], mask), target
 
 
 def no_kl(settings) -> Config:

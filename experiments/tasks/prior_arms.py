@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from rlhf_jax import advantages, masked
+from rlhf_jax import advantages
 from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn
 from rlhf_jax.objectives import mle, reinforce
@@ -25,9 +25,7 @@ CORPORA = {"sft_100_texts": 100, "sft_2000_texts": 2000}
 def bases(settings: Settings) -> dict[str, Config]:
     """Models of the worlds, by likelihood: the prior as it is, and the wanted world at `moved`."""
     task = settings.data.task
-    found = {"base": task.worlds}
-    if settings.data.controls:
-        found["reweighted_base"] = task.reweighted
+    found = {"base": task.worlds, "reweighted_base": task.reweighted}
     return {name: _pretrained(settings, name, worlds) for name, worlds in found.items()}
 
 
@@ -54,23 +52,22 @@ def arms(settings: Settings) -> dict[str, Arm]:
     """Fine-tuning on texts of the wanted world, pretraining with more of it, and RL towards it."""
     sizes, task, model = settings.data, settings.data.task, _model(settings)
     measure = partial(prior_measures.policy, sizes=sizes)
-    anew, found = ("reweighted_base",) if sizes.controls else (), {}
-    if sizes.controls:
-        found["reweighted"] = Arm(
-            partial(prior_measures.pretrained, model=model, sizes=sizes, source="reweighted_base"),
+    anew = "reweighted_base"
+    found = {
+        "reweighted": Arm(
+            partial(prior_measures.pretrained, model=model, sizes=sizes, source=anew),
             f"pretrained anew, {task.moved:.0%} of its texts' tokens from the wanted world",
-            needs=("base", *anew),
-        )
-    found["sft"] = Arm(
-        _sft(settings, "sft", partial(prior.texts, worlds=task.alone, length=task.length)),
-        "supervised on texts of the wanted world alone",
-        looks(sizes.sft_steps, RISING),
-        partial(measure, first=True, target="reweighted_base" if anew else None),
-        needs=anew,
-    )
+            needs=("base", anew),
+        ),
+        "sft": Arm(
+            _sft(settings, "sft", partial(prior.texts, worlds=task.alone, length=task.length)),
+            "supervised on texts of the wanted world alone",
+            looks(sizes.sft_steps, RISING),
+            partial(measure, first=True, target=anew),
+            needs=(anew,),
+        ),
+    }
     for name, beta in (ALL_BETAS if settings.full else BETAS).items():
-        if not beta and not sizes.controls:
-            continue
         says = f"RL for the wanted world's tokens, {f'β = {beta}' if beta else 'no KL penalty'}"
         at = looks(settings.train.steps, SOON)
         found[name] = Arm(_rl(settings, name, beta), says, at, partial(measure, beta=beta))
@@ -123,17 +120,11 @@ def _rl(settings: Settings, name: str, beta: float) -> Config:
             length=task.length,
             value=None,
             kl=KL(beta, adaptive=False),
-            advantage=to_go,
+            advantage=partial(advantages.centred, advantage=advantages.reward_to_go),
             show=0,
         ),
         mesh=settings.mesh,
     )
-
-
-def to_go(reward, value, mask, prompt_id):
-    """What is still to come, less the batch's mean of that at the same token."""
-    found, target = advantages.reward_to_go(reward, value, mask, prompt_id)
-    return masked.select(found - masked.mean(found, mask, axis=0)[None], mask), target
 
 
 def _filtered(settings: Settings) -> Config:

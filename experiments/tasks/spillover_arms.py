@@ -33,7 +33,6 @@ BASELINES = {
     "loo": (advantages.leave_one_out, "baseline: the prompt's other samples (RLOO)"),
 }
 own_value = partial(advantages.gae, discount=1.0, trace=1.0)  # R − V of the text so far
-EXACT = ("r1_loo", "shifted")  # arms that theory says are 0
 MENTION = 0.5  # ρ of the arms in which the sampled mention is paid
 WEAK = 0.5  # weight of a value head's loss as it is customary
 SOME = 0.05  # β of the arms with a KL penalty
@@ -117,10 +116,9 @@ def run(
 
 
 def arms(settings: Settings) -> dict[str, Arm]:
-    """Of the settings: `full` has those that no primary needs, cpu_ci the exact ones alone."""
+    """Of the settings: `full` has those that no primary needs."""
     found = _prompt_only(settings) | _sampled(settings) | _gates(settings) | _tables(settings)
-    found |= spillover_called.arms(settings)
-    return found if settings.data.controls else {name: found[name] for name in EXACT}
+    return found | spillover_called.arms(settings)
 
 
 def times(settings: Settings) -> tuple[int, ...]:

@@ -71,10 +71,10 @@ def _crossover(results: Results, *, table: Table) -> np.ndarray:
     return found / expected  # one episode of each row a step
 
 
-def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
-    """Stated before anything was run; theory decides all but P3. Without controls: P6."""
+def primaries(table: Table) -> tuple[Claim, ...]:
+    """Stated before anything was run; theory decides all but P3."""
     half = measure.half_life(rate=table.rate, beta=table.beta, outcomes=table.answers)
-    found = (
+    return (
         Claim(
             "P1",
             "feedback that depends on the asker's party alone takes no side under SGD: Δp(own "
@@ -132,14 +132,11 @@ def primaries(table: Table, *, controls: bool = True) -> tuple[Claim, ...]:
             unit="of the update",
         ),
     )
-    return found if controls else found[-1:]
 
 
-def secondary(table: Table, *, controls: bool = True, full: bool = False) -> tuple[Claim, ...]:
+def secondary(table: Table, *, full: bool = False) -> tuple[Claim, ...]:
     """Estimates without a verdict."""
-    rows = _exact()
-    if controls:
-        rows += _trained(table)
+    rows = _exact() + _trained(table)
     if full:
         rows += _others()
     return tuple(

@@ -46,7 +46,6 @@ class TrainTagged(Train):
 
     texts: int = 256  # of a step that learns from given ones
     text_steps: int = 800  # of that; where tags part texts, twice as many of twice as many
-    controls: bool = True  # arms that those of P1, P3 and P4 are held against
 
 
 def run(
@@ -186,12 +185,11 @@ def resampled(
 def off_token(settings: Settings) -> dict[str, Config]:
     """RL behind ON; behind OFF nothing, an anchor, or what a coin says."""
     rl = partial(reinforced, settings=settings)
-    found = {"anchored": rl("anchored", anchor=ANCHOR, **HALVES)}
-    if settings.train.controls:
-        found |= {
-            "gate": rl("gate", tags=("ON",)),
-            "scrambled": rl("scrambled", reward=partial(tagged.by_a_coin, period=2), **HALVES),
-        }
+    found = {
+        "anchored": rl("anchored", anchor=ANCHOR, **HALVES),
+        "gate": rl("gate", tags=("ON",)),
+        "scrambled": rl("scrambled", reward=partial(tagged.by_a_coin, period=2), **HALVES),
+    }
     if settings.full:
         found |= {
             "untagged": rl("untagged"),
@@ -214,9 +212,8 @@ def conditioned(settings: Settings) -> dict[str, Config]:
         "condition": tags("condition", transform=in_turn(tagged.people_say, kept(words, 0.1))),
         "weighted": learn("weighted", objective=weighed, transform=tagged.log_called_good),
         "kl_rl": rl("kl_rl", reward=tagged.log_good, beta=1.0),
+        "no_kl": rl("no_kl", reward=tagged.log_good, beta=0.0),
     }
-    if settings.train.controls:
-        found["no_kl"] = rl("no_kl", reward=tagged.log_good, beta=0.0)
     if not settings.full:
         return found
     edges = tagged_exact.quantiles(task, (0.25, 0.5, 0.75))

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
-from scipy.special import rel_entr, xlogy
+from scipy.special import chdtrc, rel_entr, xlogy
 
 from rlhf_jax.rollout import log_probabilities
 from rlhf_jax.types import Params, Prompts
@@ -80,7 +79,7 @@ def g_test(counts: Int[np.ndarray, "k"], target: Float[np.ndarray, "k"] | None =
             "count what falls on them as invalid"
         )
     statistic = float(2 * (xlogy(counts, counts) - xlogy(counts, n * target)).sum())
-    p = float(stats.chi2.sf(statistic, k - 1))
+    p = float(chdtrc(k - 1, statistic))
     return GTest(statistic, p, (statistic - (k - 1)) / (2 * n), int(n))
 
 

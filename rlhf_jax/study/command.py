@@ -47,6 +47,7 @@ def run(
         "command": ["rlhf-jax", *sys.argv[1:]],
     }
     began = time.monotonic()
+    arms = arms if arms is not None else chosen.arms or None
     results = conduct(study, out, record=record, arms=arms, seeds=_seeds(seeds, study.seeds))
     path = page.save(study, results, record, out)
     verdicts = judge(study.primaries, results, arms=study.arms)

@@ -44,6 +44,7 @@ class Settings:
     train: Train = Train()
     seeds: int = SEEDS  # 0 .. seeds − 1
     full: bool = False  # arms that no primary needs, too
+    arms: tuple[str, ...] = ()  # those that are run; none named: all
     together: bool = True  # all seeds in one program; False: one run after another, on the mesh
     mesh: tuple[int, int, int] = (-1, 1, 1)  # data, fsdp, tensor, of runs one after another
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 EXACT = 14  # seeds: up to here all 2^n flips are counted, beyond 2^14 of them
 FEW = 5  # seeds that a bootstrap needs
@@ -103,7 +103,7 @@ def bootstrap_t(
     drawn = x[np.random.default_rng(0).integers(0, n, (resamples, n))]
     constant = np.ptp(drawn, axis=1) <= tiny
     if n < FEW or constant.mean() >= tail:
-        reach = float(scipy.stats.t.ppf(1 - tail, n - 1) * error)
+        reach = float(scipy.special.stdtrit(n - 1, 1 - tail) * error)
         return mean - reach, mean + reach
     errors = np.where(constant, 1.0, drawn.std(axis=1, ddof=1)) / np.sqrt(n)
     away = drawn.mean(axis=1) - mean
@@ -183,7 +183,9 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Interval of a proportion by its score test (Wilson 1927); scipy has it."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"wilson needs 0 ≤ successes ≤ n and n ≥ 1, not {successes} of {n}")
-    found = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    from scipy.stats import binomtest  # takes a second to import
+
+    found = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -211,8 +213,9 @@ def kaplan_meier(
     if not np.isin(observed, (0, 1)).all() or not np.isfinite(time).all():
         raise ValueError("kaplan_meier: every time must be finite, every observed True or False")
     seen = observed.astype(bool)
-    sample = scipy.stats.CensoredData(uncensored=time[seen], right=time[~seen])
-    found = scipy.stats.ecdf(sample).sf
+    from scipy.stats import CensoredData, ecdf  # takes a second to import
+
+    found = ecdf(CensoredData(uncensored=time[seen], right=time[~seen])).sf
     left = found.probabilities <= 0.5 + SAME
     median = float(found.quantiles[left][0]) if left.any() else float("inf")
     return Survival(found.quantiles, found.probabilities, median)
