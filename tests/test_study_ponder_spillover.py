@@ -337,10 +337,10 @@ def test_every_arm_of_every_preset_is_a_run_that_could_start(preset):
     assert set(ponder_spillover.PRESETS["cpu_ci"].arms) <= set(study.arms)
 
 
-@pytest.mark.slow
-def test_the_smallest_preset_runs_to_a_page(tmp_path):
+def test_the_smallest_preset_runs_to_a_page(tmp_path, monkeypatch):
     from rlhf_jax.cli import main
 
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     file = Path(__file__).parent.parent / "experiments" / "ponder_spillover.py"
     main(["study", str(file), "--preset", "cpu_ci", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "index.html").is_file()

@@ -349,7 +349,6 @@ def test_all_that_is_claimed_is_of_arms_that_are_there():
         judge((*study.primaries, *study.secondary[:6]), Results([]), arms=known)
 
 
-@pytest.mark.slow
 def test_the_smallest_preset_runs(tmp_path, monkeypatch, compiled_once):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     file = str(EXPERIMENTS / "token_feedback.py")
