@@ -24,11 +24,18 @@ ROWS = P(("data", "fsdp"))
 # block half is all that tensor parallelism costs (Shoeybi et al. 2019, section 3).
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"position/embedding$", P(None, "fsdp")),
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(out|down)/bias$", P()),
+    (r"(query|key|value|gate|up)/lora_a$", P("fsdp", None)),
+    (r"(query|key|value|gate|up)/lora_b$", P(None, "tensor")),
+    (r"(out|down)/lora_a$", P("tensor", None)),
+    (r"(out|down)/lora_b$", P(None, "fsdp")),
     (r"value_head/(kernel|bias)$", P()),
     (r"head/kernel$", P("fsdp", "tensor")),
-    (r"norm/scale$", P()),
+    (r"norm/(scale|bias)$", P()),
 )
 
 

@@ -50,7 +50,7 @@ def test_the_stream_starts_at_the_embedding_and_ends_before_the_last_norm():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}]
+    "changes", [{"scan": True}, {"remat": "full"}, {"scan": True, "remat": "full"}]
 )
 def test_scanned_and_recomputed_layers_are_read_all_the_same(changes):
     params = toys.stacked(PARAMS, 2) if "scan" in changes else PARAMS

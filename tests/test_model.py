@@ -108,9 +108,9 @@ def test_remat_and_scan_leave_the_gradient_as_it_was(model, params, tokens):
         return jax.jit(jax.grad(loss))(params)
 
     plain = gradient(model, params)
-    again = gradient(replace(model, remat=True), params)
+    again = gradient(replace(model, remat="full"), params)
     jax.tree.map(partial(assert_allclose, atol=1e-6), again, plain)
-    both = gradient(replace(model, remat=True, scan=True), toys.stacked(params, model.layers))
+    both = gradient(replace(model, remat="full", scan=True), toys.stacked(params, model.layers))
     jax.tree.map(partial(assert_allclose, atol=1e-6), both, toys.stacked(plain, model.layers))
     assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 1e-2
 
@@ -194,7 +194,7 @@ def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, 
     [
         ({"heads": 4, "kv_heads": 3}, "heads 4 must be a multiple of kv_heads 3"),
         ({"width": 30}, "width 30 does not divide by heads 4"),
-        ({"head_dim": 5}, "head_dim 5 must be even"),
+        ({"head_dim": 5}, "5 of head_dim 5 are rotated: must be even"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):

@@ -110,7 +110,7 @@ def jacobians(request):
     """By kernel: logits, and |d loss_t / d hidden_s| [layers, t, s], embeddings first."""
     model, params = MODEL, toys.weights(MODEL)
     if request.param != "unrolled":
-        model, params = replace(MODEL, scan=True, remat=True), toys.stacked(params, 2)
+        model, params = replace(MODEL, scan=True, remat="full"), toys.stacked(params, 2)
 
     def of(kernel):
         own = replace(model, attention=kernel)
@@ -198,7 +198,7 @@ def program(model, **given):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_hooks_that_do_nothing_leave_the_very_program_of_no_hooks(scan):
-    model = replace(MODEL, scan=scan, remat=scan)
+    model = replace(MODEL, scan=scan, remat="full" if scan else "none")
     plain = program(model)
     idle = replace(model, tap=lambda layer, h: h, attention=attention.dot_attention)
     assert program(idle) == plain

@@ -24,48 +24,57 @@ from rlhf_jax.config import Config, From, Frozen, Learner, Pipeline
 from rlhf_jax.data import snippets, streams, vader
 from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import mle
-from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 
-THRESHOLD = 0.5
+THRESHOLD = 0.5  # of VADER's score: three sentences in ten
+STEPS, UPDATES = 90, 8  # of 64 texts
 
 
-def scored(split: str):
-    """Sentences whose score is VADER's."""
-    rows = snippets.rows(split=split, parts=base.PARTS)
-    return [{**row, "score": vader.vader_compound(row["text"])} for row in rows]
+def scored():
+    """Sentences of the splits that training may see, with VADER's score in place of people's."""
+    splits = (snippets.rows(split=split, parts=base.PARTS) for split in ("base", "reward"))
+    return [{**row, "score": vader.vader_compound(row["text"])} for rows in splits for row in rows]
 
 
 def train() -> Config:
-    """`ppo.py` with likelihood in place of PPO, and a token in every prompt."""
-    given = ppo.config()
-    rate = partial(adam, learning_rate=1e-3, final=0.05, steps=given.steps * 4, warmup=20)
-    texts = partial(
-        streams.text, batch=256, length=base.LENGTH, tokenizer=base.TOKENIZER, marks=None
-    )
+    """Fresh weights, the base model's recipe, a token in front of nine texts in ten."""
+    given, recipe = ppo.config(), base.config().stages["sft"].learners["policy"].optimizer
     learner = Learner(
         base.MODEL,
         mle,
         batch="text",
-        start=From(path=base.WEIGHTS),
-        optimizer=partial(rate, weight_decay=0.3),
-        minibatches=4,
+        optimizer=partial(recipe.func, **{**recipe.keywords, "steps": STEPS * UPDATES}),
+        minibatches=UPDATES,
         transform=partial(condition, edges=(THRESHOLD,), tags=(BAD, GOOD), drop=0.1),
     )
-    rollouts = replace(
-        given.rollouts,
-        transform=partial(tagged, tags=(GOOD,)),
-        value=None,
-        normalise=0,
-        kl=KL(initial=0.0, adaptive=False),
+    text = partial(
+        streams.text,
+        batch=64 * UPDATES,
+        length=base.LENGTH,
+        tokenizer=base.TOKENIZER,
+        source=scored,
+        marks=None,
     )
+    prompts = given.data["prompts"]
     return replace(
         given,
         name="sentiment_conditional",
-        data={**given.data, "text": partial(texts, source=partial(scored, "base"))},
+        steps=STEPS,
+        data={
+            "prompts": partial(prompts.func, **{**prompts.keywords, "batch": 64}),
+            "text": text,
+        },
         learners={"policy": learner},
-        frozen={"reference": Frozen(From("policy"), Untagged(base.MODEL, tags=(GOOD, BAD)))},
-        rollouts=rollouts,
+        frozen={
+            "reference": Frozen(From(path=base.WEIGHTS), Untagged(base.MODEL, tags=(GOOD, BAD)))
+        },
+        rollouts=replace(
+            given.rollouts,
+            transform=partial(tagged, tags=(GOOD,)),
+            value=None,
+            normalise=0,
+            kl=KL(initial=0.0, adaptive=False),
+        ),
     )
 
 

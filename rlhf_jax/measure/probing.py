@@ -77,7 +77,7 @@ def activations(
         return stream[-1]
 
     # Unrolled, and nothing computed twice: what a scan or a checkpoint sees cannot leave it.
-    plain = replace(model, scan=False, remat=False)
+    plain = replace(model, scan=False, remat="none")
     plain.apply(unstacked(params), tokens, segments=segments, tap=read)
     found = jnp.stack(stream)
     if positions is None:

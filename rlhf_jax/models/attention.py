@@ -21,6 +21,25 @@ def dot_attention(
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
+def capped_attention(
+    query: Float[Array, "b t h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    mask: Bool[Array, "b t s"],
+    *,
+    cap: float,
+) -> Float[Array, "b t h k"]:
+    """`dot_attention` with logits cap · tanh(logit / cap) (Gemma 2), which no fused kernel has."""
+    b, t, _, size = query.shape
+    grouped = query.reshape(b, t, key.shape[2], -1, size)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logit = jnp.einsum("btgnk,bsgk->bgnts", grouped, key, preferred_element_type=wide)
+    logit = cap * jnp.tanh(logit * (size**-0.5 / cap))
+    low = 0.7 * jnp.finfo(logit.dtype).min  # finite, so that a row without keys is no nan
+    weight = jax.nn.softmax(jnp.where(mask[:, None, None], logit, low), axis=-1)
+    return jnp.einsum("bgnts,bsgk->btgnk", weight.astype(value.dtype), value).reshape(query.shape)
+
+
 def myopic(
     query: Float[Array, "b t h k"],
     key: Float[Array, "b s g k"],
