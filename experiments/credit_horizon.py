@@ -33,7 +33,7 @@ class Tasks:
     base_steps: int = 300
     base_rows: int = 128
     base_rate: float = 5e-3
-    samples: int = 4096  # of a policy on the long text, for one measure
+    samples: int = 2048  # of a policy on the long text, for one measure
 
 
 @dataclass(frozen=True)

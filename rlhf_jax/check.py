@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import jax
+
 from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
+from rlhf_jax.models import weights
 from rlhf_jax.objectives.presets import Variant
 from rlhf_jax.sharding import mesh_shape
 
@@ -67,6 +71,9 @@ def check(config: Config, *, devices: int) -> None:
         exists(learner.batch, streams, f"learners.{name}.batch")
         for other in learner.scores:
             exists(other, known, f"learners.{name}.scores")
+        if learner.base is not None:
+            exists(learner.base, set(config.frozen), f"learners.{name}.base")
+            _check_base(config, name, learner)
     for name, evaluation in config.evaluation.items():
         exists(evaluation.learner, set(config.learners), f"evaluation.{name}.learner")
         exists(evaluation.batch, set(config.data), f"evaluation.{name}.batch")
@@ -74,6 +81,33 @@ def check(config: Config, *, devices: int) -> None:
         _check_rollouts(config, config.rollouts, exists)
     _check_tags(config)
     _check_batches(config, devices)
+
+
+def _check_base(config, name, learner):
+    """What a learner does not train must stand in its base, and some of it must be trained."""
+    own, base = (
+        {
+            path: x.shape
+            for path, x in weights.flat(jax.eval_shape(model.init, jax.random.key(0))).items()
+        }
+        for model in (learner.model, config.models[learner.base])
+    )
+    try:
+        trained = {path for path in own if re.search(learner.trains, path)}
+    except re.error as error:
+        raise ConfigError(
+            f"learners.{name}.trains={learner.trains!r} is no regular expression: {error}"
+        ) from error
+    if not trained:
+        raise ConfigError(
+            f"learners.{name}.trains={learner.trains!r} finds none of the model's weights: "
+            f"{', '.join(own)}; terms of low rank need a model with lora=Lora(...)"
+        )
+    if wrong := [p for p in own if p not in trained and own[p] != base.get(p)]:
+        raise ConfigError(
+            f"learners.{name}: these weights are not trained, and frozen.{learner.base} has them "
+            f"not, or of another shape: {', '.join(wrong[:8])}"
+        )
 
 
 def _check_numbers(config):

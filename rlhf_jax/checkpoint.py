@@ -27,7 +27,14 @@ from rlhf_jax.preemption import Preemption, Stopped
 from rlhf_jax.stored import FROZEN, CheckpointError
 from rlhf_jax.types import Params, TrainState
 
-__all__ = ["CheckpointError", "Checkpoints", "Preemption", "Stopped", "restore_params"]
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Preemption",
+    "Stopped",
+    "restore_frozen",
+    "restore_params",
+]
 
 
 class Checkpoints:
@@ -215,6 +222,15 @@ def restore_params(
             raise CheckpointError(f"{directory} holds no complete checkpoint yet")
         path = checkpoints._exists(step)
     return stored.part(path, ("learners", learner, "params"), target)
+
+
+def restore_frozen(run: Any, name: str) -> Params:
+    """One frozen tree of a run's checkpoints, as numpy arrays on the host.
+
+    Raises:
+        CheckpointError: if there is none of that name, or it is damaged.
+    """
+    return stored.part(epath.Path(run) / "checkpoints" / FROZEN, (name,))
 
 
 def _items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:

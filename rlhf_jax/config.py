@@ -45,7 +45,7 @@ class From:
 
     learner: str = "policy"
     stage: str | None = None  # an earlier stage of the pipeline
-    path: str | None = None  # a run's directory, or a .safetensors file
+    path: str | None = None  # a run's directory, one of Hugging Face, or a .safetensors file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,14 @@ class Learner:
     prepare: Callable | None = None  # scores, batch -> batch: statistics over the whole of it
     when: Callable[[int], bool] = always
     start: From | None = None  # None: fresh weights
+    base: str | None = None  # a frozen tree with the weights that it does not train; None: none
+    trains: str = "lora_|value_head"  # with a base: regular expression of the paths it trains
     chunk: int = 2048  # tokens whose logits are in memory at once
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Trees that its update needs besides its own."""
+        return tuple(dict.fromkeys((*self.scores, *([self.base] if self.base else ()))))
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import step as steps
-from rlhf_jax.checkpoint import restore_params
+from rlhf_jax.checkpoint import restore_frozen, restore_params
 from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import tokenizers
+from rlhf_jax.models import weights
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.types import Params, Prompts
 
 
 def learner_params(config: Config, directory: Path, name: str, at: int | None = None) -> Params:
-    """One learner's weights from a run's checkpoint.
+    """One learner's weights from a run's checkpoint, with those of its base.
 
     Raises:
         ConfigError: if there is no such learner.
     """
     if name not in config.learners:
         raise ConfigError(f"no learner {name!r}; valid: {', '.join(config.learners)}")
-    return jax.tree.map(jnp.asarray, restore_params(directory, name, step=at))
+    own, base = restore_params(directory, name, step=at), config.learners[name].base
+    if base is not None:
+        own = weights.merged(restore_frozen(directory, base), own)
+    return jax.tree.map(jnp.asarray, own)
 
 
 def sample_texts(
@@ -103,12 +107,13 @@ def evaluate_checkpoint(config: Config, directory: Path) -> dict[str, float]:
     found = {}
     for name, spec in config.evaluation.items():
         learner = config.learners[spec.learner]
-        if learner.scores:
-            missing = [other for other in learner.scores if other not in config.learners]
-            if missing:
-                raise ConfigError(f"evaluation {name!r} scores frozen weights {missing}")
         params = learner_params(config, directory, spec.learner)
-        others = {other: learner_params(config, directory, other) for other in learner.scores}
+        others = {
+            other: learner_params(config, directory, other)
+            if other in config.learners
+            else restore_frozen(directory, other)
+            for other in learner.others
+        }
         run = jax.jit(partial(steps.evaluate, learner=learner, models=config.models))
         stream = iter(config.data[spec.batch](seed=config.seed, shard=(0, 1)))
         rows = [run(params, others, next(stream)) for _ in range(spec.batches)]

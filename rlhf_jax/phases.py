@@ -7,7 +7,7 @@ exactly what the loop runs.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from rlhf_jax import environment, sharding, step
 from rlhf_jax.config import Config, Learner, Rollouts
+from rlhf_jax.models import weights
 from rlhf_jax.rollout import generate
 from rlhf_jax.types import Control, LearnerState, Params, Prompts, Rollout, Sequences, TrainState
 
@@ -59,6 +60,8 @@ def phase_key(seed: int, step: int, phase: str) -> Array:
 def init_learner(key: Array, *, learner: Learner) -> LearnerState:
     """Fresh weights, empty moments, zero counters."""
     params = learner.model.init(key)
+    if learner.base is not None:
+        params = weights.trained(params, learner.trains)
     step, skipped, row = (
         jnp.zeros((), jnp.int32) for _ in range(3)
     )  # each its own buffer: donated
@@ -156,6 +159,15 @@ def samples_of(prompts: Prompts, n: int) -> Prompts:
     return repeated.replace(sample_id=number)
 
 
-def weights_of(names: tuple[str, ...], state: TrainState, frozen: Mapping[str, Any]) -> dict:
-    """Current weights of learners and frozen trees, by name."""
-    return {name: frozen[name] if name in frozen else state.learners[name].params for name in names}
+def weights_of(
+    names: Iterable[str], state: TrainState, frozen: Mapping[str, Any], *, config: Config
+) -> dict[str, Params]:
+    """Current weights of learners and frozen trees, by name; of a learner with a base, all."""
+
+    def one(name):
+        if name in frozen:
+            return frozen[name]
+        own, base = state.learners[name].params, config.learners[name].base
+        return own if base is None else weights.merged(frozen[base], own)
+
+    return {name: one(name) for name in names}

@@ -11,7 +11,7 @@ import jax
 from rlhf_jax import sharding
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Config, ConfigError, From
-from rlhf_jax.models import weights
+from rlhf_jax.models import pretrained, weights
 from rlhf_jax.phases import Phases
 from rlhf_jax.types import Params, TrainState
 
@@ -50,7 +50,7 @@ def filled(
     learners = dict(state.learners)
 
     def started(target, start, model, where):
-        source = _source(start, stages, f"{where}.start", learners)
+        source = _source(start, stages, f"{where}.start", learners, model)
         if hasattr(model, "part_of"):  # a probe reads some of the source's layers
             source = each(model.part_of)(source)
         try:
@@ -71,7 +71,12 @@ def filled(
     return state.replace(learners=learners), frozen
 
 
-def _source(start: From, stages, where, learners) -> Params:
+def _source(start: From, stages, where, learners, model) -> Params:
+    if start.path is not None and pretrained.is_directory(start.path):
+        try:
+            return pretrained.load(start.path, model)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
     if start.path is not None and str(start.path).endswith(".safetensors"):
         try:
             return weights.load(start.path)

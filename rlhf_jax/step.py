@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from rlhf_jax import masked, rewards
 from rlhf_jax.config import Learner, Rollouts
+from rlhf_jax.models import weights
 from rlhf_jax.objectives.reference_kl import reference_kl_vocab
 from rlhf_jax.score import score
 from rlhf_jax.sharding import split_rows
@@ -43,7 +44,7 @@ def update(
 ) -> tuple[LearnerState, Metrics]:
     """All epochs and minibatches of one learner over one batch.
 
-    `frozen` holds the weights of the models in `learner.scores`. Epochs are shuffled along the
+    `frozen` holds the weights of the models in `learner.others`. Epochs are shuffled along the
     leading axis, so that a group stays whole. Metrics are means over all that was seen.
     """
     if learner.transform is not None:
@@ -151,8 +152,9 @@ def _terms(scores, part, learner) -> dict[str, Terms]:
 
 
 def _scored(params, frozen, part, learner, models):
-    models = {"self": learner.model, **{name: models[name] for name in frozen}}
-    trees = {"self": params, **frozen}
+    models = {"self": learner.model, **{name: models[name] for name in learner.scores}}
+    own = params if learner.base is None else weights.merged(frozen[learner.base], params)
+    trees = {"self": own, **{name: frozen[name] for name in learner.scores}}
     with _fitting(learner.vocab or learner.objective, part):
         return score(trees, part, models=models, vocab=learner.vocab, chunk=learner.chunk)
 

@@ -6,7 +6,7 @@ metrics → checkpoint. Offline learners enter at update with batches of their o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
         if name not in batches and name in config.derived:
             made = config.derived[name]
             sources = [batch_of(source) for source in made.of]
-            params = weights_of(made.models, state.replace(learners=learners), run.frozen)
+            params = weights_now(run, made.models, state.replace(learners=learners))
             batches[name] = derive(run, name, sources, params, step)
         elif name not in batches:
             batches[name] = next_batch(run, name, run.streams[name])
@@ -140,7 +140,7 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
         if not learner.when(step):
             continue
         batch = batch_of(learner.batch)
-        others = weights_of(learner.scores, state.replace(learners=learners), run.frozen)
+        others = weights_now(run, learner.others, state.replace(learners=learners))
         key = phase_key(config.seed, step, f"update/{name}")
         with run.meter.phase(f"update/{name}", tokens=batch.tokens.size * learner.epochs):
             try:
@@ -156,6 +156,11 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
     metrics |= evaluate(run, state, step)
     run.meter.write(step, metrics)
     return state
+
+
+def weights_now(run: Run, names: Iterable[str], state: TrainState) -> dict[str, Params]:
+    """Current weights of learners and frozen trees, by name."""
+    return weights_of(names, state, run.frozen, config=run.config)
 
 
 def next_batch(run: Run, name: str, stream: Iterator):
@@ -178,7 +183,7 @@ def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], ste
 def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
     """Prompts → rollout → reward → experience, the adapted control, and metrics."""
     config, spec, phases = run.config, run.config.rollouts, run.phases
-    params = weights_of(tuple(config.models), state, run.frozen)
+    params = weights_now(run, config.models, state)
     prompts = batch_of(spec.prompts)
     key = phase_key(config.seed, step, "rollout")
     with run.meter.phase("rollout") as count:
@@ -243,7 +248,7 @@ def evaluate(run: Run, state: TrainState, step: int) -> dict[str, Any]:
         if not (_due(step + 1, spec.every) or step + 1 == run.config.steps or step == 0):
             continue
         learner = run.config.learners[spec.learner]
-        others = weights_of(learner.scores, state, run.frozen)
+        others = weights_now(run, learner.others, state)
         stream = feed.opened(run.config, spec.batch)  # afresh: the same batches every time
         found = []
         for _ in range(spec.batches):
@@ -261,7 +266,7 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
     spec = run.config.rollouts
     if spec is None or not spec.normalise:
         return state
-    params = weights_of(tuple(run.config.models), state, run.frozen)
+    params = weights_now(run, run.config.models, state)
     stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 1)
     scores: list[float] = []
     while len(scores) < spec.normalise:
@@ -288,7 +293,7 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     spec = run.config.rollouts
     if spec is None or not spec.show:
         return
-    params = weights_of(tuple(run.config.models), state, run.frozen)
+    params = weights_now(run, run.config.models, state)
     stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 2)
     prompts = next_batch(run, spec.prompts, stream)
     key = phase_key(run.config.seed, 0, "show")

@@ -1,13 +1,12 @@
-"""No RL: likelihood on texts that say in front how positive they are, and then asking for positive.
+"""No policy gradient: likelihood on own samples behind a token for how good they are, and asking.
 
     rlhf-jax train experiments/sentiment/conditional.py --out runs/sentiment_conditional
 
-Conditional training (Korbak et al. 2023): each sentence of the corpus gets a token by VADER's score
-of it, good from 0.5 on and bad below, dropped from one text in ten; the base model is fine-tuned on
-them, and samples follow the good token. The same prompts, sampling and score as `ppo.py`; the
-reference does not see the tokens.
-Expect little: in 400 updates a text's likelihood gains 0.05 nats by its token, and asking for good
-gives a score of 0.20, asking for bad 0.18 (the base: 0.15).
+Conditional training (Korbak et al. 2023) on what the policy itself says, as in Quark (Lu et al.
+2022, without its KL): the policy is asked for good, what it says gets the token that VADER's score
+deserves, good from 0.5 on and bad below, and the likelihood of that text behind that token is
+raised; one text in ten has no token. The same prompts, sampling and score as `ppo.py`, four times
+as many samples; the reference does not see the tokens.
 """
 
 from __future__ import annotations
@@ -19,55 +18,46 @@ import ppo
 import quickstart_base as base
 from measured import BAD, GOOD, measured
 
-from rlhf_jax.conditioning import condition, tagged
-from rlhf_jax.config import Config, From, Frozen, Learner, Pipeline
-from rlhf_jax.data import snippets, streams, vader
+from rlhf_jax.conditioning import chained, condition, tagged, untagged
+from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Pipeline
 from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import mle
+from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
+from rlhf_jax.selection import with_score
 
-THRESHOLD = 0.5  # of VADER's score: three sentences in ten
-STEPS, UPDATES = 90, 8  # of 64 texts
-
-
-def scored():
-    """Sentences of the splits that training may see, with VADER's score in place of people's."""
-    splits = (snippets.rows(split=split, parts=base.PARTS) for split in ("base", "reward"))
-    return [{**row, "score": vader.vader_compound(row["text"])} for rows in splits for row in rows]
+THRESHOLD = 0.5  # of VADER's score: two of ten of the base's samples
+ROWS, UPDATES = 256, 4  # samples of a step, and updates from them
 
 
 def train() -> Config:
-    """Fresh weights, the base model's recipe, a token in front of nine texts in ten."""
-    given, recipe = ppo.config(), base.config().stages["sft"].learners["policy"].optimizer
+    """`ppo.py` with likelihood behind tokens in place of PPO, and no KL to pay."""
+    given = ppo.config()
+    tags = (BAD, GOOD)
+    relabelled = partial(
+        chained,
+        transforms=(
+            partial(untagged, tags=tags),
+            partial(condition, edges=(THRESHOLD,), tags=tags, drop=0.1),
+        ),
+    )
     learner = Learner(
         base.MODEL,
         mle,
-        batch="text",
-        optimizer=partial(recipe.func, **{**recipe.keywords, "steps": STEPS * UPDATES}),
+        batch="samples",
+        start=From(path=base.WEIGHTS),
+        optimizer=partial(adam, learning_rate=5e-4, final=0.0, steps=given.steps * UPDATES),
         minibatches=UPDATES,
-        transform=partial(condition, edges=(THRESHOLD,), tags=(BAD, GOOD), drop=0.1),
-    )
-    text = partial(
-        streams.text,
-        batch=64 * UPDATES,
-        length=base.LENGTH,
-        tokenizer=base.TOKENIZER,
-        source=scored,
-        marks=None,
+        transform=relabelled,
     )
     prompts = given.data["prompts"]
     return replace(
         given,
         name="sentiment_conditional",
-        steps=STEPS,
-        data={
-            "prompts": partial(prompts.func, **{**prompts.keywords, "batch": 64}),
-            "text": text,
-        },
+        data={"prompts": partial(prompts.func, **{**prompts.keywords, "batch": ROWS})},
         learners={"policy": learner},
-        frozen={
-            "reference": Frozen(From(path=base.WEIGHTS), Untagged(base.MODEL, tags=(GOOD, BAD)))
-        },
+        frozen={"reference": Frozen(From("policy"), Untagged(base.MODEL, tags=tags))},
+        derived={"samples": Derived(with_score)},
         rollouts=replace(
             given.rollouts,
             transform=partial(tagged, tags=(GOOD,)),

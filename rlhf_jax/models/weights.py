@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +20,7 @@ HEADS = ("value_head", "head")  # what a model may have and the one it starts fr
 
 def save(path: str | Path, params: Params, *, dtype: str | None = None) -> None:
     """Write a parameter tree; names are its paths. `dtype="bfloat16"` halves the file."""
-    leaves = {
-        path_name(where): np.asarray(jax.device_get(x), dtype=dtype)
-        for where, x in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    leaves = {name: np.asarray(jax.device_get(x), dtype) for name, x in flat(params).items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(leaves, str(path), metadata={"format": "rlhf_jax"})
 
@@ -34,11 +34,20 @@ def load(path: str | Path) -> Params:
     if not Path(path).is_file():
         raise ValueError(f"there is no weights file {path}")
     try:
-        flat = load_file(str(path))
+        return nested(load_file(str(path)))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete .safetensors file: {error}") from error
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Leaves by their paths, such as `layers_0/query/kernel`."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def nested(leaves: Mapping[str, Any]) -> Params:
+    """The tree of leaves by their paths."""
     tree: Params = {}
-    for name, leaf in flat.items():
+    for name, leaf in leaves.items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
@@ -47,22 +56,34 @@ def load(path: str | Path) -> Params:
     return tree
 
 
+def trained(params: Params, paths: str) -> Params:
+    """The part of a tree whose paths the regular expression `paths` finds."""
+    return nested({name: x for name, x in flat(params).items() if re.search(paths, name)})
+
+
+def merged(base: Params, own: Params) -> Params:
+    """`base` with the leaves of `own` in their places, or beside it: no copy, the same buffers."""
+    found = dict(base)
+    for name, x in own.items():
+        both = isinstance(x, dict) and isinstance(found.get(name), dict)
+        found[name] = merged(found[name], x) if both else x
+    return found
+
+
 def fill(target: Params, source: Params, *, origin: str) -> Params:
     """`target` with the leaves of `source`, in the target's dtypes and shardings.
 
-    Heads may be missing on either side: a critic starts from a policy with a fresh value head.
+    Heads and terms of low rank may be missing on either side: a critic starts from a policy with a
+    fresh value head. A source may hold anything that is indexed like an array.
 
     Raises:
         ValueError: listing every other leaf that is missing, extra or of another shape.
     """
 
-    def by_name(tree):
-        return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-    wanted, given = by_name(target), by_name(source)
+    wanted, given = flat(target), flat(source)
 
     def optional(name):
-        return name.split("/")[0] in HEADS
+        return name.split("/")[0] in HEADS or "/lora_" in name
 
     wrong = [f"missing: {n} {x.shape}" for n, x in wanted.items() if n not in given]
     wrong = [line for line in wrong if not optional(line.split()[1])]
@@ -82,6 +103,8 @@ def fill(target: Params, source: Params, *, origin: str) -> Params:
         if isinstance(found, jax.Array):
             # A copy, so that two trees never share a buffer that one of them donates.
             return jax.device_put(found.astype(leaf.dtype), leaf.sharding, may_alias=False)
-        return jax.device_put(np.asarray(found).astype(leaf.dtype), leaf.sharding)
+        return jax.make_array_from_callback(  # every device reads its own part
+            leaf.shape, leaf.sharding, lambda index: np.asarray(found[index]).astype(leaf.dtype)
+        )
 
     return jax.tree_util.tree_map_with_path(one, target)

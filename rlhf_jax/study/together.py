@@ -176,7 +176,7 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
             made = config.derived[name]
             batches[name] = made.make(
                 *(batch_of(source) for source in made.of),
-                params=weights_of(made.models, now(), frozen),
+                params=weights_of(made.models, now(), frozen, config=config),
                 key=phase_key(seed, number, f"derive/{name}"),
             )
         elif name not in batches:
@@ -185,7 +185,7 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
 
     if config.rollouts is not None:
         spec = config.rollouts
-        params = weights_of(tuple(config.models), state, frozen)
+        params = weights_of(config.models, state, frozen, config=config)
         world = spec.environment
         rollout = phases.sampled(
             params[spec.policy],
@@ -206,7 +206,7 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
         batch = batch_of(learner.batch)
         learn = partial(
             step.update,
-            frozen=weights_of(learner.scores, now(), frozen),
+            frozen=weights_of(learner.others, now(), frozen, config=config),
             batch=batch,
             key=phase_key(seed, number, f"update/{name}"),
             learner=learner,
