@@ -1,0 +1,90 @@
+"""Model families of Hugging Face: config.json ↔ `Transformer`, tensor names ↔ parameter paths.
+
+A family is a `Family`: two functions of numbers and a table of names. What a config.json says
+beyond that is refused by name, unless it is known to change no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhf_jax.models.families import gemma, gpt, llama
+from rlhf_jax.models.families.fields import HARMLESS as HARMLESS
+from rlhf_jax.models.families.fields import Family, FamilyError, Fields
+from rlhf_jax.models.families.fields import Names as Names
+from rlhf_jax.models.transformer import Transformer
+
+# A model that several can say exactly is saved as the first.
+FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gemma.FAMILIES, **gpt.FAMILIES}
+BUFFERS = r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$"  # of old files: no weights
+
+
+def read(config: Mapping[str, Any]) -> tuple[str, Transformer]:
+    """The family and the model of a config.json.
+
+    Raises:
+        FamilyError: for a model type, a field or a value that is not computed exactly here.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise FamilyError(f"model_type {kind!r} is not supported; valid: {', '.join(FAMILIES)}")
+    fields = Fields(config)
+    try:
+        model = FAMILIES[kind].read(fields)
+    except (TypeError, KeyError, ValueError) as error:
+        if isinstance(error, FamilyError):
+            raise FamilyError(f"{kind}: {error}") from error
+        raise FamilyError(f"{kind}: config.json cannot be read: {error!r}") from error
+    if left := fields.unread():
+        shown = ", ".join(f"{name}={value!r}" for name, value in left.items())
+        raise FamilyError(
+            f"{kind}: config.json has fields that are not known here and may change the numbers: "
+            f"{shown}; if they change none, take them out of the file"
+        )
+    return kind, model
+
+
+# What a config.json does not say: how a model is computed, not what.
+FREE = ("scan", "remat", "dtype", "param_dtype", "lora", "lm_head", "value_head")
+
+
+def write(model: Transformer, kind: str | None = None) -> dict[str, Any]:
+    """The config.json of a model, of the family `kind` or of the first that can say it exactly.
+
+    Raises:
+        FamilyError: if none can.
+    """
+    for name in [kind] if kind is not None else FAMILIES:
+        family = FAMILIES[name]
+        config = {"architectures": [family.architecture], "model_type": name, **family.write(model)}
+        if says(config, model):
+            return config
+    raise FamilyError(
+        f"no family of Hugging Face computes this model: {model}; known: {', '.join(FAMILIES)}"
+    )
+
+
+def says(config: Mapping[str, Any], model: Transformer) -> bool:
+    """Whether a config.json is that of the model."""
+    exact = replace(model, **{name: getattr(Transformer(vocab=1), name) for name in FREE})
+    found = read(config)[1]
+    return _same(*(replace(m, head_dim=m.size_of_head, lm_head=True) for m in (found, exact)))
+
+
+def _same(one: Transformer, other: Transformer) -> bool:
+    def canonical(model):
+        local = model.local_layers or (True,) * model.layers
+        none = not model.window or not any(local)
+        scale = model.query_scale or model.size_of_head**-0.5
+        return replace(
+            model,
+            window=0 if none else model.window,
+            local_layers=() if none or all(local) else local,
+            query_scale=round(scale, 9),
+            rope_theta=model.rope_theta if model.positions == "rotary" else 0.0,
+            local_rope_theta=None if none else model.local_rope_theta,
+        )
+
+    return canonical(one) == canonical(other)
