@@ -1,12 +1,15 @@
-"""No policy gradient: likelihood on own samples behind a token for how good they are, and asking.
+"""No RL: likelihood on texts that say in front how positive they are, and then asking for positive.
 
     rlhf-jax train experiments/sentiment/conditional.py --out runs/sentiment_conditional
 
-Conditional training (Korbak et al. 2023) on what the base model itself says: each of its samples
-gets the token that VADER's score deserves, good from 0.5 on and bad below, none in one text in ten,
-and the likelihood of that text behind that token is raised. Where it is learned, asking for good is
-asking for the base model's good samples (its posterior), which RL with a KL penalty ends at, too.
-The same prompts, sampling and score as `ppo.py`, four times as many samples.
+Conditional training (Korbak et al. 2023): each sentence of the corpus gets a token by VADER's score
+of it, good from 0.5 on and bad below, dropped from one text in ten; the base model is fine-tuned on
+them, and samples follow the good token. The same prompts, sampling and score as `ppo.py`; the
+reference does not see the tokens.
+Expect little: in 400 updates a text's likelihood gains 0.05 nats by its token, and asking for good
+gives a score of 0.20, asking for bad 0.18 (the base: 0.15). Nor was it learned from fresh weights in
+720 updates (0.18 and 0.24), or from 25,600 of the base's own samples (0.16 and 0.20): a word in
+twenty carries sentiment, and a model of 1.2 M parameters learns the words before the token.
 """
 
 from __future__ import annotations
@@ -18,45 +21,53 @@ import ppo
 import quickstart_base as base
 from measured import BAD, GOOD, measured
 
-from rlhf_jax.conditioning import condition
-from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Pipeline
+from rlhf_jax.conditioning import condition, tagged
+from rlhf_jax.config import Config, From, Frozen, Learner, Pipeline
+from rlhf_jax.data import snippets, streams, vader
+from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import mle
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
-from rlhf_jax.selection import with_score
 
-THRESHOLD = 0.5  # of VADER's score: two of ten of the base's samples
-ROWS, UPDATES = 256, 2  # samples of a step, and updates from them
+THRESHOLD = 0.5
+
+
+def scored(split: str):
+    """Sentences whose score is VADER's."""
+    rows = snippets.rows(split=split, parts=base.PARTS)
+    return [{**row, "score": vader.vader_compound(row["text"])} for row in rows]
 
 
 def train() -> Config:
-    """`ppo.py` with likelihood behind tokens in place of PPO, and no KL to pay."""
+    """`ppo.py` with likelihood in place of PPO, and a token in every prompt."""
     given = ppo.config()
+    rate = partial(adam, learning_rate=1e-3, final=0.05, steps=given.steps * 4, warmup=20)
+    texts = partial(
+        streams.text, batch=256, length=base.LENGTH, tokenizer=base.TOKENIZER, marks=None
+    )
     learner = Learner(
         base.MODEL,
         mle,
-        batch="samples",
+        batch="text",
         start=From(path=base.WEIGHTS),
-        optimizer=partial(adam, learning_rate=1e-3, final=0.0, steps=given.steps * UPDATES),
-        minibatches=UPDATES,
+        optimizer=partial(rate, weight_decay=0.3),
+        minibatches=4,
         transform=partial(condition, edges=(THRESHOLD,), tags=(BAD, GOOD), drop=0.1),
     )
-    prompts = given.data["prompts"]
+    rollouts = replace(
+        given.rollouts,
+        transform=partial(tagged, tags=(GOOD,)),
+        value=None,
+        normalise=0,
+        kl=KL(initial=0.0, adaptive=False),
+    )
     return replace(
         given,
         name="sentiment_conditional",
-        data={"prompts": partial(prompts.func, **{**prompts.keywords, "batch": ROWS})},
+        data={**given.data, "text": partial(texts, source=partial(scored, "base"))},
         learners={"policy": learner},
-        frozen={"base": Frozen(From("policy"))},
-        derived={"samples": Derived(with_score)},
-        rollouts=replace(
-            given.rollouts,
-            policy="base",
-            reference=None,
-            value=None,
-            normalise=0,
-            kl=KL(initial=0.0, adaptive=False),
-        ),
+        frozen={"reference": Frozen(From("policy"), Untagged(base.MODEL, tags=(GOOD, BAD)))},
+        rollouts=rollouts,
     )
 
 
