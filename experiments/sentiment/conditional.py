@@ -7,9 +7,9 @@ of it, good from 0.5 on and bad below, dropped from one text in ten; the base mo
 them, and samples follow the good token. The same prompts, sampling and score as `ppo.py`; the
 reference does not see the tokens.
 Expect little: in 400 updates a text's likelihood gains 0.05 nats by its token, and asking for good
-gives a score of 0.20, asking for bad 0.18 (the base: 0.15). Nor was it learned from fresh weights in
-720 updates (0.18 and 0.24), or from 25,600 of the base's own samples (0.16 and 0.20): a word in
-twenty carries sentiment, and a model of 1.2 M parameters learns the words before the token.
+gives a score of 0.20, asking for bad 0.18 (the base: 0.15). Nor was it learned by fresh weights in
+720 updates (0.18 and 0.24), or from 25,600 of the base model's own samples (0.16 and 0.20): a model
+of 1.2 M parameters seems too small, or these texts too few.
 """
 
 from __future__ import annotations
