@@ -61,7 +61,7 @@ def sample_texts(
     if config.rollouts is not None:
         sampling = config.rollouts.sampling
     else:
-        sampling = Sampling(stop=(tokenizer.eos,), banned=(tokenizer.pad, tokenizer.bos))
+        sampling = Sampling(stop=tokenizer.stops, banned=tokenizer.never)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = sampling.replace(**{name: x for name, x in given.items() if x is not None})
     if not sampling.temperature > 0:

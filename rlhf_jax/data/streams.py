@@ -18,7 +18,7 @@ import grain
 import jax
 import numpy as np
 
-from rlhf_jax.data import DataError, snippets, tokenizers, vader
+from rlhf_jax.data import DataError, chat, snippets, tokenizers, vader
 from rlhf_jax.data.pairing import Partners, one_rater_each, same_part
 from rlhf_jax.types import Labeled, Pairs, Prompts
 
@@ -108,6 +108,73 @@ def prompts(
                 "raise length, ask for fewer words, or pass truncate=True"
             )
         tokens, _, segments = _row(ids, length, encode.pad)
+        return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
+
+    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
+
+
+def chats(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    length: int,
+    tokenizer: str | Path,
+    source: Source,
+    template: str | None = None,
+) -> grain.IterDataset:
+    """`Labeled` chats in rows of `length` tokens, longer ones cut; the mask is what was said.
+
+    Rows have "messages", a list of {"role", "content"}, and perhaps a "score". `tokenizer` is a
+    directory of Hugging Face; `template` stands in for its own.
+
+    Raises:
+        DataError: while iterating, for messages that the template refuses.
+    """
+    talk = chat.load(tokenizer, template=template)
+    _at_least(length, 2, "length")
+
+    def row(record, _) -> Labeled:
+        ids, said = talk.encode(_messages(record))
+        tokens, mask, segments = _row(ids, length, talk.tokenizer.pad)
+        mask[: len(said)] &= np.array(said[:length])
+        zeros = np.zeros(length, np.float32)
+        return Labeled(
+            tokens=tokens, mask=mask, segments=segments, token_score=zeros,
+            score=np.float32(_get(record, "score", 0.0)),
+        )  # fmt: skip
+
+    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch)
+
+
+def chat_prompts(
+    *,
+    seed: int,
+    shard: tuple[int, int],
+    batch: int,
+    length: int,
+    tokenizer: str | Path,
+    source: Source,
+    template: str | None = None,
+) -> grain.IterDataset:
+    """`Prompts`: chats up to where the assistant is to speak. Rows are those of `chats`.
+
+    Raises:
+        DataError: while iterating, for a chat of more than `length` tokens.
+    """
+    talk = chat.load(tokenizer, template=template)
+
+    def row(record, _) -> Prompts:
+        messages = _messages(record)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids = talk.encode(messages, ask=True).ids
+        if len(ids) > length:
+            raise DataError(
+                f"a chat has {len(ids)} tokens, more than length={length}: {messages!r:.200}; raise"
+                " length"
+            )
+        tokens, _, segments = _row(ids, length, talk.tokenizer.pad)
         return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
 
     return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
@@ -256,6 +323,12 @@ def _rows(source: Source) -> Rows:
         name = getattr(source, "func", source) if callable(source) else "the sequence given"
         raise DataError(f"the data set is empty: {name} has no rows")
     return rows
+
+
+def _messages(record: Mapping | str) -> Sequence[Mapping]:
+    if isinstance(record, str) or "messages" not in record:
+        raise DataError(f'rows of chats have "messages"; this one is {record!r:.120}')
+    return record["messages"]
 
 
 def _get(record: Mapping | str, name: str, default):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,16 +25,35 @@ KNOWN = {
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its padding, beginning and end.
 
+    `stops` are all tokens that end what a model says, the end first; `never` those that it must not
+    say: padding and beginning, unless they end texts, too.
+
     `encode` adds no special token and never turns text such as "<eos>" into one, so that only the
     framework decides where a text begins and ends.
     """
 
-    def __init__(self, base: library.Tokenizer, *, pad: str, bos: str, eos: str):
+    def __init__(
+        self,
+        base: library.Tokenizer,
+        *,
+        pad: str | None,
+        bos: str,
+        eos: str,
+        stops: Sequence[int] = (),
+    ):
         base.no_padding()
         base.no_truncation()
         base.encode_special_tokens = True
         self.base = base
-        self.pad, self.bos, self.eos = (self._known(base, name) for name in (pad, bos, eos))
+        self.bos, self.eos = (self._known(base, name) for name in (bos, eos))
+        # Segments say where a text ends: without a token for padding any stands there.
+        self.pad = 0 if pad is None else self._known(base, pad)
+        self.stops = tuple(dict.fromkeys((self.eos, *stops)))
+        self.never = tuple(
+            self._known(base, name)
+            for name in dict.fromkeys((pad, bos))
+            if name is not None and self._known(base, name) not in self.stops
+        )
         added = base.get_added_tokens_decoder()
         self.specials = frozenset(i for i, token in added.items() if token.special)
 
@@ -99,7 +119,10 @@ def load(
 
     `pad`, `bos` and `eos` name tokens where the usual names do not find them. `add` appends special
     tokens to the vocabulary (control tokens, or a missing `<pad>`): the model needs as many more
-    rows. Nothing is guessed: padding is the end token only if you say `pad=` that it is.
+    rows. Nothing is guessed: padding is the end token only if you say `pad=` that it is. A folder
+    of Hugging Face says the three in tokenizer_config.json: there a model without a beginning
+    begins with its end, and one without padding, or whose padding is its end, pads with any token,
+    since segments say where a text ends.
 
     Raises:
         DataError: if there is no such file, it cannot be read, or one of the three is missing.
@@ -109,6 +132,7 @@ def load(
 
 @functools.lru_cache(maxsize=16)
 def _load(name, pad, bos, eos, add) -> Tokenizer:
+    said, stops = {}, ()
     if name == "bytes":
         base = byte_base()
     else:
@@ -118,6 +142,8 @@ def _load(name, pad, bos, eos, add) -> Tokenizer:
             raise DataError(
                 f'there is no tokenizer file {path}; give a tokenizer.json, its folder, or "bytes"'
             )
+        if (path.parent / "config.json").is_file():
+            said, stops = _of_model(path.parent)
         try:
             base = library.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -127,8 +153,38 @@ def _load(name, pad, bos, eos, add) -> Tokenizer:
             [library.AddedToken(t, special=True, normalized=False) for t in add]
         )
     named = {"pad": pad, "bos": bos, "eos": eos}
-    found = {role: given or _find(base, role, name) for role, given in named.items()}
-    return Tokenizer(base, **found)
+    found = {
+        role: given or (said[role] if role in said else _find(base, role, name))
+        for role, given in named.items()
+    }
+    return Tokenizer(base, **found, stops=stops)
+
+
+def _of_model(folder: Path) -> tuple[dict[str, str | None], tuple[int, ...]]:
+    """Roles of tokens in a folder of Hugging Face, and the ids that end what its model says."""
+    found = [
+        read_json(folder / name)
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    ]
+    tokens = {role: found[0].get(f"{role}_token") for role in KNOWN}
+    tokens = {role: x.get("content") if isinstance(x, dict) else x for role, x in tokens.items()}
+    if tokens["eos"] is None:
+        return {}, ()
+    ends = [one["eos_token_id"] for one in found if one.get("eos_token_id") is not None]
+    ids = [i for end in ends for i in (end if isinstance(end, list) else [end])]
+    pad = None if tokens["pad"] == tokens["eos"] else tokens["pad"]
+    said = {"pad": pad, "bos": tokens["bos"] or tokens["eos"], "eos": tokens["eos"]}
+    return said, tuple(dict.fromkeys(ids))
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file; empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON: {error}") from error
 
 
 def _find(base: library.Tokenizer, role: str, name: str) -> str:
