@@ -109,6 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "evaluate a run's last checkpoint on its held-out data")
     run_directory(evaluate)
 
+    export = command("export", _export, "write a trained model as a directory of Hugging Face")
+    run_directory(export)
+    export.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    export.add_argument("--learner", default="policy")
+    export.add_argument("--step", type=int, help="a checkpoint's step; default: the latest")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16; default: the origin's")
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, for PEFT")
+    export.add_argument(
+        "--origin",
+        metavar="DIR",
+        help="directory of Hugging Face that gives tokenizer and config; default: the run's own",
+    )
+
     report = command("report", _report, "write one HTML page about a run")
     report.add_argument("directory", metavar="RUN", help="the --out of a train or study command")
     report.add_argument("--file", help="the study's file, if it has moved")
@@ -199,6 +212,27 @@ def _sample(options) -> None:
     )
     for text in texts:
         print(f"- {text}")
+
+
+def _export(options) -> None:
+    from rlhf_jax import runs
+    from rlhf_jax.inference import export
+
+    config, directory = runs.stage_of(
+        runs.find(options.directory, file=options.file), options.stage
+    )
+    print(
+        export(
+            config,
+            directory,
+            options.out,
+            learner=options.learner,
+            step=options.step,
+            dtype=options.dtype,
+            adapter=options.adapter,
+            origin=options.origin,
+        )
+    )
 
 
 def _eval(options) -> None:

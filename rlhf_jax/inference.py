@@ -14,7 +14,7 @@ from rlhf_jax import step as steps
 from rlhf_jax.checkpoint import restore_frozen, restore_params
 from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import tokenizers
-from rlhf_jax.models import weights
+from rlhf_jax.models import exporting, pretrained, weights
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.types import Params, Prompts
 
@@ -94,6 +94,47 @@ def sample_texts(
         tokenizer.decode(row[keep].tolist())
         for row, keep in zip(np.asarray(rollout.tokens), used, strict=True)
     ]
+
+
+def export(
+    config: Config,
+    directory: Path,
+    out: str | Path,
+    *,
+    learner: str = "policy",
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    origin: str | Path | None = None,
+) -> Path:
+    """One learner's weights as a directory of Hugging Face, or its adapter alone for PEFT.
+
+    `origin`, a directory of Hugging Face, gives config.json and tokenizer; None: the one that the
+    run names as a start. Without any, the tokenizer.json of the run is copied.
+
+    Raises:
+        ConfigError: if no family of Hugging Face computes this model, or it has no adapter.
+    """
+    out = Path(out).expanduser()
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: valid are float32, bfloat16, float16")
+    if any(out.glob("*")) and not (out / "config.json").is_file() and not adapter:
+        raise ConfigError(f"{out} is not empty and holds no model; choose another --out")
+    params = learner_params(config, directory, learner, step)
+    model = config.learners[learner].model
+    if origin is None:
+        starts = [*config.learners.values(), *config.frozen.values()]
+        paths = [one.start.path for one in starts if one.start is not None and one.start.path]
+        origin = next((path for path in paths if pretrained.is_directory(path)), None)
+    try:
+        if adapter:
+            return exporting.export_adapter(out, model, params, origin=origin)
+        exporting.export(out, model, params, origin=origin, dtype=dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if origin is None:
+        tokenizers.load(config.tokenizer).base.save(str(out / "tokenizer.json"))
+    return out
 
 
 def evaluate_checkpoint(config: Config, directory: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from hub_toys import CONFIGS
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax.models import pretrained, weights
+from rlhf_jax.models.exporting import export, export_adapter
 from rlhf_jax.models.transformer import Lora
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.types import Prompts
@@ -126,7 +127,7 @@ def test_greedy_decoding_says_the_same_for_64_tokens(saved, ours, tokens):
 def test_what_we_write_they_read_as_the_same_model(saved, ours, tokens, tmp_path, origin):
     model, params = ours
     given = {"origin": saved[1]} if origin else {}
-    pretrained.export(tmp_path, model, params, shard_bytes=30_000, **given)
+    export(tmp_path, model, params, shard_bytes=30_000, **given)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(again) is type(saved[0])
     before, after = saved[0].state_dict(), again.state_dict()
@@ -143,8 +144,22 @@ def test_an_adapter_is_written_into_the_weights(saved, ours, tokens, tmp_path):
     fresh = weights.trained(jax.jit(low.init)(jax.random.key(1)), "lora_")
     noise = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(2), x.shape), fresh)
     lively = weights.merged(params, noise)
-    pretrained.export(tmp_path, low, lively, origin=saved[1])
+    export(tmp_path, low, lively, origin=saved[1])
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     applied = logits(low, lively, tokens)
     assert np.abs(applied - theirs(saved[0], tokens)).max() > 0.01
     assert_allclose(theirs(again.eval(), tokens), applied, atol=TOLERANCE)
+
+
+def test_an_adapter_alone_is_read_by_peft(saved, ours, tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, params = ours
+    fused = saved[0].config.model_type in ("gpt2", "gpt_neox")
+    low = replace(model, lora=Lora(rank=2, alpha=4.0, on="out|up|down" if fused else "query|gate"))
+    fresh = weights.trained(jax.jit(low.init)(jax.random.key(1)), "lora_")
+    noise = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(2), x.shape), fresh)
+    export_adapter(tmp_path, low, noise, origin=saved[1])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(saved[1], attn_implementation="eager")
+    theirs_low = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    applied = logits(low, weights.merged(params, noise), tokens)
+    assert_allclose(theirs(theirs_low, tokens), applied, atol=TOLERANCE)

@@ -10,7 +10,8 @@ import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.models.transformer import Transformer, dot_attention, index_in_segment
+from rlhf_jax.models.attention import dot_attention
+from rlhf_jax.models.transformer import Transformer, index_in_segment
 
 
 @pytest.fixture(scope="module")

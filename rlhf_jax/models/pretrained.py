@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,21 +17,16 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rlhf_jax.models import weights
 from rlhf_jax.models.families import (
     BUFFERS,
     FAMILIES,
-    HARMLESS,
     Family,
     FamilyError,
     Names,
     read,
-    says,
-    write,
 )
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Params
@@ -41,10 +35,6 @@ DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
-TOKENS = (  # what belongs to the text side of a model, copied as it is
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 class PretrainedError(ValueError):
@@ -220,7 +210,7 @@ def load(path: str | Path, model: Transformer) -> Params:
     files = Files(path)
     family = FAMILIES[read(config(path))[0]]
     flat, known, wrong = {}, set(), []
-    for entry, names in _entries(family, model.layers):
+    for entry, names in entries(family, model.layers):
         tensor = _present(entry.tensor, family, files.where)
         if tensor is None:
             continue
@@ -264,7 +254,7 @@ def _differences(shapes: Params, flat: Mapping[str, Leaf], model: Transformer) -
             yield f"{name} {flat[name].shape} is in the file and not in the model"
 
 
-def _entries(family: Family, layers: int) -> Iterator[tuple[Names, tuple[str, ...]]]:
+def entries(family: Family, layers: int) -> Iterator[tuple[Names, tuple[str, ...]]]:
     """The family's table for so many layers."""
     for entry in family.names:
         for i in range(layers) if "{i}" in entry.tensor else [0]:
@@ -296,132 +286,3 @@ def _stacked(flat: Mapping[str, Leaf], layers: int) -> dict[str, Leaf | Stack]:
         elif not name.startswith("layers_"):
             found[name] = leaf
     return found
-
-
-# -------------------------------------------------------------------------------------- writing
-
-
-def export(
-    out: str | Path,
-    model: Transformer,
-    params: Params,
-    *,
-    origin: str | Path | None = None,
-    dtype: str | None = None,
-    shard_bytes: int = 4 * 2**30,
-) -> Path:
-    """Write a model as transformers reads it: config.json, shards with their index, tokenizer.
-
-    One tensor at a time is gathered, so that a model larger than the host's memory can be written;
-    a shard of `shard_bytes` is. `origin`, a directory of Hugging Face, gives the family, what its
-    config.json says beside the numbers, the tokenizer, and the dtype if `dtype` is None. Terms of
-    low rank are added to their matrices. A value head stays out: transformers has no such head.
-
-    Raises:
-        PretrainedError: if no family computes this model, or the disk refuses.
-    """
-    out, given = Path(out).expanduser(), {} if origin is None else config(origin)
-    try:
-        made = given if given and says(given, model) else _made(model, given)
-    except FamilyError as error:
-        raise PretrainedError(str(error)) from error
-    dtype = dtype or given.get("dtype") or given.get("torch_dtype") or "float32"
-    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    made = {k: v for k, v in made.items() if k != "torch_dtype"} | {"dtype": dtype}
-    family = FAMILIES[made["model_type"]]
-    flat = weights.flat(params)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_shards(out, _tensors(family, model, flat, stored), shard_bytes)
-        (out / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENS if origin is not None else ():
-            if (file := Path(origin).expanduser() / name).is_file():
-                shutil.copyfile(file, out / name)
-    except OSError as error:
-        raise PretrainedError(f"cannot write to {out}: {error.strerror}") from error
-    return out
-
-
-def _made(model: Transformer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for a model that is not quite the one it came from."""
-    kept = {name: x for name, x in given.items() if name in HARMLESS}
-    return kept | write(model, given.get("model_type"))
-
-
-def _host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on this process's host."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-def _leaf(flat: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
-    """One of our arrays on the host, its term of low rank added."""
-    layer = re.match(r"layers_(\d+)/", name)
-
-    def one(name):
-        if model.scan and layer:
-            stacked = flat.get(re.sub(r"^layers_\d+/", "layers/", name))
-            return None if stacked is None else _host(stacked[int(layer[1])])
-        return None if name not in flat else _host(flat[name])
-
-    found = one(name)
-    if found is None or model.lora is None or not name.endswith("/kernel"):
-        return found
-    stem = name.removesuffix("kernel")
-    down, up = one(f"{stem}lora_a"), one(f"{stem}lora_b")
-    if down is None:
-        return found
-    return found + np.float32(model.lora.alpha / model.lora.rank) * (down @ up)
-
-
-def _tensors(family: Family, model: Transformer, flat, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a file, in its order."""
-    for entry, names in _entries(family, model.layers):
-        if entry.tensor == "lm_head.weight" and model.tied:
-            continue
-        parts = [_leaf(flat, name, model) for name in names]
-        if any(part is None for part in parts):
-            continue
-        if entry.layout == "transposed":
-            found = parts[0].T
-        elif entry.layout == "columns":
-            found = np.concatenate(parts, axis=-1)
-        elif entry.layout == "interleaved":
-            heads = [p.T.reshape(model.heads, 1, model.size_of_head, -1) for p in parts]
-            found = np.concatenate(heads, axis=1).reshape(3 * parts[0].shape[-1], -1)
-            found = found if parts[0].ndim == 2 else found[:, 0]
-        else:
-            found = parts[0]
-        yield entry.tensor, np.ascontiguousarray(found.astype(dtype))
-
-
-def _write_shards(out: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
-    """Files of at most `limit` bytes, or one tensor; an index if there are several."""
-    shard: dict[str, np.ndarray] = {}
-    files: list[dict[str, int]] = []
-
-    def close():
-        name = out / f"part-{len(files)}.safetensors"
-        save_file(shard, str(name), metadata={"format": "pt"})
-        files.append({name: x.nbytes for name, x in shard.items()})
-        shard.clear()
-
-    for name, x in tensors:
-        if shard and sum(y.nbytes for y in shard.values()) + x.nbytes > limit:
-            close()
-        shard[name] = x
-    close()
-    for old in [*out.glob("model*.safetensors"), out / INDEX]:
-        old.unlink(missing_ok=True)
-    if len(files) == 1:
-        (out / "part-0.safetensors").rename(out / "model.safetensors")
-        return
-    where = {}
-    for i, found in enumerate(files):
-        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        (out / f"part-{i}.safetensors").rename(out / final)
-        where |= dict.fromkeys(found, final)
-    total = sum(size for found in files for size in found.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,43 +1,27 @@
 """A decoder-only transformer; what tells Llama, Qwen, Gemma, GPT-2 and GPT-NeoX apart is a number.
 
 The rest of the house sees a `Transformer`: numbers, and five pure functions over a bare nested dict
-of parameters. Flax stays inside this file. Other models offer the same five. The defaults are
-Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU; `families.py` has the others.
+of parameters, made of the modules in `blocks.py`. Other models offer the same five. The defaults
+are Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU; `families` has the others.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.attention import capped_attention, dot_attention
-from rlhf_jax.sharding import gather_columns, split_rows
+from rlhf_jax.models.blocks import ACTIVATIONS, REMAT, Decoder
+from rlhf_jax.sharding import split_rows
 from rlhf_jax.types import Params
 
 Cache = Any  # keys and values [b, s, kv_heads, head_dim]: one pair a layer, or stacked when scanned
 Tap = Callable[[Int[Array, ""], Float[Array, "b t d"]], Float[Array, "b t d"]]
 Attention = Callable[..., Float[Array, "b t h k"]]
-
-
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-}
-REMAT = {  # what the backward pass finds of a block's activations
-    "none": None,  # all of them
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of products with weights
-}
 
 
 class Output(NamedTuple):
@@ -177,7 +161,7 @@ class Transformer:
     def init(self, key: Array) -> Params:
         """Fresh parameters in `param_dtype`; the value head is zero, and float32."""
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return _Decoder(self).init(key, tokens, jnp.zeros_like(tokens), jnp.ones_like(tokens))[
+        return Decoder(self).init(key, tokens, jnp.zeros_like(tokens), jnp.ones_like(tokens))[
             "params"
         ]
 
@@ -210,7 +194,7 @@ class Transformer:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = index_in_segment(segments)
-        hidden, cache = _Decoder(own).apply({"params": params}, tokens, positions, segments, cache)
+        hidden, cache = Decoder(own).apply({"params": params}, tokens, positions, segments, cache)
         return Output(hidden, cache)
 
     def logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
@@ -246,236 +230,3 @@ def index_in_segment(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
         [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
     )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def frequencies(model: Transformer, *, local: bool = False) -> Float[Array, "half"]:
-    """Radians per token of the pairs that are rotated, in a layer with or without the window."""
-    half, theta = model.rotated // 2, model.rope_theta
-    if local and model.local_rope_theta is not None:
-        theta = model.local_rope_theta
-    plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling = model.rope_scaling
-    if scaling is None or (local and model.local_rope_theta is not None):
-        return plain
-    if scaling.kind == "linear":
-        return plain / scaling.factor
-    turns = scaling.original * plain / (2 * math.pi)  # within the context of pretraining
-    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
-    return kept * plain + (1 - kept) * plain / scaling.factor
-
-
-def rotate(
-    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], frequency: Float[Array, "half"]
-) -> Array:
-    """Rotary positions (Su et al. 2021, eq. 34), halves paired as in Llama, angles in float32.
-
-    Only the first 2 · half numbers of a head turn; the others stay.
-    """
-    half = frequency.shape[0]
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    rest = x[..., 2 * half :]
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
-
-
-class _Linear(nn.Module):
-    """`x @ kernel`, a bias, a term of low rank; on two-dimensional operands.
-
-    A three-dimensional product makes XLA:CPU transpose whole activations in the backward pass.
-    """
-
-    features: int
-    model: Transformer
-    scale: float = 1.0
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        dtype, stored = self.model.dtype, jnp.dtype(self.model.param_dtype)
-        init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), stored)
-        flat = x.reshape(-1, x.shape[-1])
-        found = flat @ kernel.astype(dtype)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), stored)
-            found = found + bias.astype(dtype)[None]
-        lora = self.model.lora
-        if lora is not None and re.fullmatch(lora.on, self.name):
-            init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as PEFT
-            down = self.param("lora_a", init, (x.shape[-1], lora.rank), jnp.float32)
-            up = self.param("lora_b", nn.initializers.zeros, (lora.rank, self.features))
-            low = (flat @ down.astype(dtype)) @ up.astype(dtype)
-            found = found + jnp.asarray(lora.alpha / lora.rank, dtype) * low
-        return found.reshape(*x.shape[:-1], self.features)
-
-
-class _Norm(nn.Module):
-    model: Transformer
-    kind: str | None = None  # None: the model's
-
-    @nn.compact
-    def __call__(self, x):
-        c, shape = self.model, (1,) * (x.ndim - 1) + (-1,)
-        stored = jnp.dtype(c.param_dtype)
-        fresh = nn.initializers.constant(1 - c.norm_offset)
-        scale = self.param("scale", fresh, (x.shape[-1],), stored)
-        scale = scale.astype(jnp.float32) + c.norm_offset if c.norm_offset else scale
-        wide = x.astype(jnp.float32)
-        layer = (self.kind or c.norm) == "layer"
-        if layer:
-            wide = wide - wide.mean(axis=-1, keepdims=True)
-        root = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + c.norm_epsilon)
-        wide = wide * root * scale.reshape(shape)
-        if layer:
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), stored)
-            wide = wide + bias.reshape(shape)
-        return wide.astype(x.dtype)
-
-
-class _Embed(nn.Module):
-    rows: int
-    model: Transformer
-
-    @nn.compact
-    def __call__(self, index):
-        init, stored = nn.initializers.normal(0.02), jnp.dtype(self.model.param_dtype)
-        table = self.param("embedding", init, (self.rows, self.model.width), stored)
-        return gather_columns(table)[index]
-
-
-class _Block(nn.Module):
-    """`(hidden, cache), (layer, local) -> (hidden, cache), None`: the shape `nn.scan` wants."""
-
-    config: Transformer
-
-    @nn.compact
-    def __call__(self, carry, which, positions, mask, near):
-        c = self.config
-        (hidden, cache), (layer, local) = carry, which
-        linear = partial(_Linear, model=c)
-        narrow = 1 / (2 * c.layers)  # residual writes: the stream's variance stays that of depth 1
-        after = partial(_Norm, c) if c.post_norms else lambda name: lambda x: x
-
-        def attention(x):
-            b, t, _ = x.shape
-            query = linear(c.heads * c.size_of_head, bias=c.qkv_bias, name="query")(x)
-            key = linear(c.kv_heads * c.size_of_head, bias=c.qkv_bias, name="key")(x)
-            value = linear(c.kv_heads * c.size_of_head, bias=c.qkv_bias, name="value")(x)
-            query = query.reshape(b, t, c.heads, -1)
-            key, value = (x.reshape(b, t, c.kv_heads, -1) for x in (key, value))
-            if c.query_key_norm:
-                query = _Norm(c, "rms", name="query_norm")(query)
-                key = _Norm(c, "rms", name="key_norm")(key)
-            if c.positions == "rotary":
-                turn = frequencies(c)
-                if c.local_rope_theta is not None:
-                    turn = jnp.where(local, frequencies(c, local=True), turn)
-                query, key = rotate(query, positions, turn), rotate(key, positions, turn)
-            if c.query_scale is not None:  # the kernels multiply by head_dim ** -0.5
-                query = query * jnp.asarray(c.query_scale * c.size_of_head**0.5, query.dtype)
-            kept = cache
-            if cache is not None:
-                kept, key, value = _write(cache, layer, positions, key, value, stacked=c.scan)
-            seen = mask if near is None else jnp.where(local, near, mask)
-            attend = c.attention if c.attention is not None else dot_attention
-            if c.attention_cap is not None:
-                attend = partial(capped_attention, cap=c.attention_cap)
-            x = attend(query, key, value, seen).reshape(b, t, -1)
-            return linear(c.width, scale=narrow, bias=c.out_bias, name="out")(x), kept
-
-        def mlp(x):
-            act = ACTIVATIONS[c.activation]
-            if c.gated:
-                gate = linear(c.mlp, bias=c.mlp_bias, name="gate")(x)
-                inner = act(gate) * linear(c.mlp, bias=c.mlp_bias, name="up")(x)
-            else:
-                inner = act(linear(c.mlp, bias=c.mlp_bias, name="up")(x))
-            return linear(c.width, scale=narrow, bias=c.mlp_bias, name="down")(inner)
-
-        read = hidden
-        found, cache = attention(_Norm(c, name="attention_norm")(read))
-        hidden = hidden + after(name="attention_post_norm")(found)
-        x = _Norm(c, name="mlp_norm")(read if c.parallel else hidden)
-        hidden = hidden + after(name="mlp_post_norm")(mlp(x))
-        if c.side_mlp:
-            side = nn.silu(linear(c.side_mlp, name="side_up")(x))
-            side = linear(c.width, scale=narrow, name="side_down")(side)
-            hidden = hidden + jnp.asarray(c.side_gate, side.dtype) * side
-        if c.tap is not None:
-            hidden = c.tap(layer, hidden)
-        return (split_rows(hidden), cache), None
-
-
-def _write(cache, layer, positions, key, value, *, stacked):
-    """Put this call's keys and values at their positions; return what the layer attends to."""
-    row = jnp.arange(positions.shape[0])[:, None]
-    keys, values = cache
-    at = (layer, row, positions) if stacked else (row, positions)
-    keys = keys.at[at].set(key, mode="drop")
-    values = values.at[at].set(value, mode="drop")
-    if not stacked:
-        return (keys, values), keys, values
-    read = jax.lax.dynamic_index_in_dim
-    return (keys, values), read(keys, layer, keepdims=False), read(values, layer, keepdims=False)
-
-
-class _Decoder(nn.Module):
-    config: Transformer
-
-    @nn.compact
-    def __call__(self, tokens, positions, segments, cache=None):
-        c = self.config
-        hidden = _Embed(c.vocab, c, name="embed")(tokens).astype(c.dtype)
-        if c.embed_scale != 1.0:
-            hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
-        if c.positions == "learned":
-            hidden = hidden + _Embed(c.context, c, name="position")(positions).astype(c.dtype)
-        # A weight of 0 does not hide a nan: padding enters as zeros, whatever its row holds.
-        hidden = split_rows(jnp.where((segments > 0)[:, :, None], hidden, 0))
-        if cache is None:
-            index = jnp.arange(tokens.shape[1])
-            causal = index[:, None] >= index[None, :]
-            same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-            mask, keys = same & causal[None], positions
-        else:
-            length = jax.tree.leaves(cache)[0].shape[-3]
-            keys = jnp.arange(length)[None]
-            mask = keys[:, None, :] <= positions[:, :, None]
-        near = None
-        if c.window:
-            near = mask & (positions[:, :, None] - keys[:, None, :] < c.window)
-        local = c.local_layers or (True,) * c.layers
-
-        block, policy = _Block, REMAT[c.remat]
-        if policy is not None:
-            block = nn.remat(_Block, prevent_cse=not c.scan, policy=policy)
-        if c.scan:
-            # The cache rides in the carry: as scanned input and output it would exist twice.
-            layers = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=c.layers,
-            )(c, name="layers")
-            which = jnp.arange(c.layers), jnp.array(local)
-            (hidden, cache), _ = layers((hidden, cache), which, positions, mask, near)
-        else:
-            new = []
-            for i in range(c.layers):
-                layer = block(c, name=f"layers_{i}")
-                own = None if cache is None else cache[i]
-                which = jnp.int32(i), jnp.array(local[i])
-                (hidden, own), _ = layer((hidden, own), which, positions, mask, near)
-                new.append(own)
-            cache = None if cache is None else tuple(new)
-
-        hidden = _Norm(c, name="final_norm")(hidden)
-        if self.is_initializing():
-            if c.lm_head and not c.tied:
-                _Linear(c.vocab, c, name="head")(hidden)
-            if c.value_head:
-                nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")(hidden)
-        return hidden, cache

@@ -14,7 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-CORE = ("step", "score", "rollout", "phases", "start", "masked", "optimizer", "data.drawn")
+CORE = (
+    "step", "score", "rollout", "phases", "start", "masked", "optimizer", "data.drawn",
+    "models.blocks", "models.attention",
+)  # fmt: skip
 # How a run is cut up, shown and kept changes no weight.
 FREE = {"Config": ("name", "seed", "mesh", "checkpoint", "evaluation"), "Rollouts": ("show",)}
 
