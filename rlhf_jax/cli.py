@@ -54,7 +54,7 @@ def _quiet() -> None:
         from rlhf_jax.data import cache_directory
 
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _parser() -> argparse.ArgumentParser:
