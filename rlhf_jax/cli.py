@@ -170,13 +170,13 @@ def _show(options) -> None:
 
     from rlhf_jax.check import check
     from rlhf_jax.config import Config, batch_plan
-    from rlhf_jax.experiment import describe, load, load_study, override
+    from rlhf_jax.experiment import describe, load, load_study
 
     if options.preset is not None:
         study, settings = load_study(options.file, options.preset, options.settings)
         print(json.dumps({"settings": describe(settings), "study": describe(study)}, indent=2))
         return
-    value = override(load(options.file), options.settings)
+    value = load(options.file, options.settings)
     shown = {"config": describe(value)}
     devices = jax.device_count()
     if isinstance(value, Config):

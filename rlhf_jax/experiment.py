@@ -18,13 +18,21 @@ from typing import Any
 from rlhf_jax.config import Config, ConfigError, Pipeline
 
 
-def load(file: str | Path) -> Config | Pipeline:
+def load(file: str | Path, settings: Sequence[str] = ()) -> Config | Pipeline:
     """The value of `config()` in a Python file; it may import files beside it or one folder up.
 
+    A setting `a.b=1` changes the default of an argument `a` of `config`, if it has one of that
+    name, and else what `config` returns.
+
     Raises:
-        ConfigError: if there is no such file, no `config` in it, or it returns something else.
+        ConfigError: if there is no such file, no `config` in it, it returns something else, or a
+            setting names nothing.
     """
-    value = _called(file, _module(file))
+    module = _module(file)
+    parameters = inspect.signature(module.config).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    own = [s for s in settings if s.partition("=")[0].split(".")[0] in given]
+    value = _called(file, module, **override(given, own))
     if type(value).__name__ == "Study":
         raise ConfigError(
             f"{file} is a study; run it with rlhf-jax study {file} --out DIR, or look at it with "
@@ -32,7 +40,7 @@ def load(file: str | Path) -> Config | Pipeline:
         )
     if not isinstance(value, Config | Pipeline):
         raise ConfigError(f"config() of {file} returned {type(value).__name__}, not a Config")
-    return value
+    return override(value, [s for s in settings if s not in own])
 
 
 def load_study(file: str | Path, preset: str, settings: Sequence[str]) -> tuple[Any, Any]:
@@ -77,9 +85,9 @@ def _module(file: str | Path) -> ModuleType:
     return module
 
 
-def _called(file: str | Path, module: ModuleType, *arguments: Any) -> Any:
+def _called(file: str | Path, module: ModuleType, *arguments: Any, **named: Any) -> Any:
     try:
-        return module.config(*arguments)
+        return module.config(*arguments, **named)
     except Exception as error:
         raise _at_the_users_line(file, Path(file).resolve(), error) from error
 

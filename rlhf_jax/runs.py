@@ -20,7 +20,7 @@ import jax
 
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Pipeline
-from rlhf_jax.experiment import describe, difference, load, override
+from rlhf_jax.experiment import describe, difference, load
 from rlhf_jax.train import train
 
 # What may change between a run and its continuation: how long, where and how it is cut up.
@@ -41,7 +41,7 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
     Raises:
         ConfigError: if the experiment is wrong, or the directory holds a run that this would harm.
     """
-    value = override(load(file), settings)
+    value = load(file, settings)
     for stage in [value] if isinstance(value, Config) else value.stages.values():
         if isinstance(stage, Config):
             check(stage, devices=jax.device_count())  # before the directory is claimed
@@ -149,7 +149,7 @@ def find(directory: str | Path, *, file: str | None = None) -> Recorded:
     source = file if file is not None else record["file"]
     if not Path(source).is_file():
         raise ConfigError(f"the experiment file {source} is gone; name it with --file")
-    value = override(load(source), record["settings"])
+    value = load(source, record["settings"])
     lines = difference(record["config"], describe(value))
     if lines:
         shown = "\n  ".join(_short(lines))

@@ -367,3 +367,18 @@ def test_a_file_without_a_config_is_refused(tmp_path, text, message):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no experiment file .*nowhere\.py"):
         load(tmp_path / "nowhere.py")
+
+
+def test_a_setting_of_an_argument_of_config_reaches_it_before_anything_is_made(tmp_path):
+    text = (
+        "from dataclasses import dataclass\nfrom rlhf_jax.config import Config\n"
+        "@dataclass(frozen=True)\nclass Model:\n    path: str = ''\n    width: int = 3\n"
+        "def config(model: Model = Model(), rows: int = 2):\n"
+        "    return Config(model.path or 'none', model.width * rows, {}, {})\n"
+    )
+    file = written(tmp_path, text)
+    assert load(file) == Config("none", 6, {}, {})
+    found = load(file, ["model.path=here", "rows=5", "seed=4", "model.width=2"])
+    assert found == Config("here", 10, {}, {}, seed=4)
+    with pytest.raises(ConfigError, match="Did you mean 'path'"):
+        load(file, ["model.pth=x"])

@@ -51,6 +51,8 @@ def export(
         made = given if given and says(given, model) else _made(model, given)
     except FamilyError as error:
         raise PretrainedError(str(error)) from error
+    if origin is not None and Path(origin).expanduser().resolve() == out.resolve():
+        raise PretrainedError(f"{out} is the model that this one came from; choose another")
     dtype = dtype or given.get("dtype") or given.get("torch_dtype") or "float32"
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     made = {k: v for k, v in made.items() if k != "torch_dtype"} | {"dtype": dtype}
