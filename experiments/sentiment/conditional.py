@@ -21,7 +21,7 @@ import ppo
 import quickstart_base as base
 from measured import BAD, GOOD, measured
 
-from rlhf_jax.conditioning import condition, tagged
+from rlhf_jax.conditioning import apart, condition, tagged
 from rlhf_jax.config import Config, From, Frozen, Learner, Pipeline
 from rlhf_jax.data import snippets, streams, vader
 from rlhf_jax.models.untagged import Untagged
@@ -49,7 +49,7 @@ def train() -> Config:
         base.MODEL,
         mle,
         batch="text",
-        start=From(path=base.WEIGHTS),
+        start=From(path=base.WEIGHTS, change=partial(apart, tokens=(GOOD, BAD))),
         optimizer=partial(rate, weight_decay=0.3),
         minibatches=4,
         transform=partial(condition, edges=(THRESHOLD,), tags=(BAD, GOOD), drop=0.1),
@@ -66,7 +66,9 @@ def train() -> Config:
         name="sentiment_conditional",
         data={**given.data, "text": partial(texts, source=partial(scored, "base"))},
         learners={"policy": learner},
-        frozen={"reference": Frozen(From("policy"), Untagged(base.MODEL, tags=(GOOD, BAD)))},
+        frozen={
+            "reference": Frozen(From(path=base.WEIGHTS), Untagged(base.MODEL, tags=(GOOD, BAD)))
+        },
         rollouts=rollouts,
     )
 
