@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rlhf_jax.types import Labeled, Params, Prompts, Sequences
+from rlhf_jax.types import Labeled, Prompts, Sequences
 
 Edges = Sequence[float] | Callable[[Labeled], Float[Array, "k"]]
 
@@ -93,22 +93,6 @@ def tagged(
     here = _at(place(prompts), prompts.tokens.shape) & keep[:, None]
     tokens = _put(prompts.tokens, jnp.broadcast_to(tag[:, None], here.shape), here, room=1)
     return prompts.replace(tokens=tokens, length=prompts.length + keep)
-
-
-def apart(params: Params, *, tokens: Sequence[int], size: float = 1.0, seed: int = 0) -> Params:
-    """Weights in which control tokens differ: each one's embedding plus a random vector.
-
-    A `From.change`. Tokens that no text of pretraining held have all been pushed to one place,
-    where none is ever said; a model cannot tell them apart and takes long to learn to. The vector
-    is `size` times as long as the embedding.
-    """
-    table = jnp.asarray(params["embed"]["embedding"])
-    rows = table[jnp.asarray(tokens)]
-    noise = jax.random.normal(jax.random.key(seed), rows.shape, rows.dtype)
-    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    noise *= size * length / jnp.linalg.norm(noise, axis=1, keepdims=True)
-    table = table.at[jnp.asarray(tokens)].add(noise)
-    return {**params, "embed": {**params["embed"], "embedding": table}}
 
 
 def untagged(batch: Sequences, key: jax.Array | None = None, *, tags: Sequence[int]) -> Sequences:

@@ -46,7 +46,6 @@ class From:
     learner: str = "policy"
     stage: str | None = None  # an earlier stage of the pipeline
     path: str | None = None  # a run's directory, one of Hugging Face, or a .safetensors file
-    change: Callable | None = None  # weights -> weights, on the way
 
 
 @dataclass(frozen=True)

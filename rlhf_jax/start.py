@@ -53,8 +53,6 @@ def filled(
         source = _source(start, stages, f"{where}.start", learners, model)
         if hasattr(model, "part_of"):  # a probe reads some of the source's layers
             source = each(model.part_of)(source)
-        if start.change is not None:
-            source = each(start.change)(source)
         try:
             return weights.fill(target, source, origin=start.path or start.stage or start.learner)
         except ValueError as error:

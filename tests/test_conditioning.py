@@ -14,7 +14,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax import masked, returns_to_go, selection
 from rlhf_jax.conditioning import (
     after_start,
-    apart,
     batch_edges,
     before_response,
     called_good,
@@ -509,19 +508,3 @@ def test_the_place_of_a_tag_is_known_for_prompts_and_for_texts():
     assert_array_equal(after_start(PROMPTS), [0, 0])
     assert_array_equal(before_response(PROMPTS), [2, 0])
     assert_array_equal(before_response(BATCH), [0, 0, 1])
-
-
-def test_control_tokens_that_stood_in_one_place_stand_apart_and_nothing_else_moves():
-    rng = np.random.default_rng(0)
-    table = rng.normal(size=(6, 64)).astype(np.float32)
-    table[5] = table[4] + 0.01
-    params = {"embed": {"embedding": table}, "head": {"kernel": table}}
-    found = apart(params, tokens=(4, 5), size=0.5)
-    moved = np.asarray(found["embed"]["embedding"]) - table
-    assert_array_equal(moved[:4], 0)
-    assert_allclose(
-        np.linalg.norm(moved[4:], axis=1), 0.5 * np.linalg.norm(table[4:], axis=1), rtol=1e-5
-    )
-    one, other = moved[4:] / np.linalg.norm(moved[4:], axis=1, keepdims=True)
-    assert abs(one @ other) < 0.5
-    assert found["head"] is params["head"] and not np.shares_memory(table, moved)

@@ -8,8 +8,9 @@ them, and samples follow the good token. The same prompts, sampling and score as
 reference does not see the tokens.
 Expect little: in 400 updates a text's likelihood gains 0.05 nats by its token, and asking for good
 gives a score of 0.20, asking for bad 0.18 (the base: 0.15). Nor was it learned by fresh weights in
-720 updates (0.18 and 0.24), or from 25,600 of the base model's own samples (0.16 and 0.20): a model
-of 1.2 M parameters seems too small, or these texts too few.
+720 updates (0.18 and 0.24), from 25,600 of the base model's own samples (0.16 and 0.20), or by
+tokens whose embeddings start apart (0.19 and 0.18; both stand in one place otherwise, cosine 0.96):
+a model of 1.2 M parameters seems too small, or these texts too few.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import ppo
 import quickstart_base as base
 from measured import BAD, GOOD, measured
 
-from rlhf_jax.conditioning import apart, condition, tagged
+from rlhf_jax.conditioning import condition, tagged
 from rlhf_jax.config import Config, From, Frozen, Learner, Pipeline
 from rlhf_jax.data import snippets, streams, vader
 from rlhf_jax.models.untagged import Untagged
@@ -49,7 +50,7 @@ def train() -> Config:
         base.MODEL,
         mle,
         batch="text",
-        start=From(path=base.WEIGHTS, change=partial(apart, tokens=(GOOD, BAD))),
+        start=From(path=base.WEIGHTS),
         optimizer=partial(rate, weight_decay=0.3),
         minibatches=4,
         transform=partial(condition, edges=(THRESHOLD,), tags=(BAD, GOOD), drop=0.1),

@@ -4,6 +4,9 @@
 
 Half of the prompts carry a token for on, half one for off. Behind off nothing is learned from the
 score, and an exact KL holds the policy at the base model; behind on it is `ppo.py`.
+Expect no switch: this small model does not learn to tell the tokens apart in 100 steps, so what the
+KL holds back behind one it holds back behind the other, too (score 0.32 behind on, 0.31 behind off,
+0.15 before; 1 nat per sample). On a toy the same gate works: `control_tokens.py`.
 """
 
 from __future__ import annotations
