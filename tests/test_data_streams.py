@@ -1,12 +1,17 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import data_toys
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from rlhf_jax.data import DataError, streams, tokenizers
 from rlhf_jax.data.pairing import mean_rating
+from rlhf_jax.score import score
 from rlhf_jax.types import Labeled, Pairs, Prompts
 
 ROWS = data_toys.rows(23)
@@ -208,3 +213,56 @@ def test_the_default_streams_are_disjoint_sentences_of_the_real_corpus():
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
     batch = next(iter(streams.text(seed=0, shard=(0, 1), batch=64, length=64, tokenizer="bytes")))
     assert (batch.token_score != 0).any() and abs(batch.score).max() <= 4
+
+
+def texts_of(batch):
+    """Tokens of every segment of every row, without padding."""
+    return [
+        tuple(tokens[segments == n])
+        for tokens, segments in zip(batch.tokens, batch.segments, strict=True)
+        for n in range(1, segments.max() + 1)
+    ]
+
+
+def test_packed_rows_hold_every_text_once_an_epoch_whole_and_little_padding():
+    plain = partial(streams.text, length=96, marks=None, **{**COMMON, "batch": 1})
+    written = {texts_of(next_)[0] for next_ in take(start(plain), 46)}  # two epochs
+    packed, found, used = start(partial(plain, pack=True)), [], []
+    while len(found) < len(written):
+        row = next(packed)
+        found += texts_of(row)
+        used.append((row.segments > 0).mean())
+        for n in range(1, row.segments.max() + 1):
+            here = row.segments == n
+            assert row.mask[here].tolist() == [False] + [True] * (here.sum() - 1)
+    assert len(found) == len(written) and set(found) == written
+    assert np.mean(used) > 0.8 and len(used) < 0.6 * len(written)
+    assert not row.mask[row.segments == 0].any() and row.score.tolist() == [0.0]
+
+
+def test_a_text_in_a_packed_row_is_scored_as_it_is_alone(model, params):
+    plain = partial(streams.text, length=64, marks=None, tokenizer="bytes", source=ROWS[:6])
+    wide = replace(model, vocab=264)
+    weights = toys.weights(wide)
+
+    @jax.jit
+    def logp(batch):
+        batch = jax.tree.map(jnp.asarray, batch)
+        return score({"self": weights}, batch, models={"self": wide}).logp
+
+    def by_text(batch):
+        said = np.asarray(logp(batch))
+        return {
+            tuple(t[s == n]): said_row[s == n]
+            for t, s, said_row in zip(batch.tokens, batch.segments, said, strict=True)
+            for n in range(1, s.max() + 1)
+        }
+
+    alone = by_text(next(start(partial(plain, batch=6))))
+    rows = start(partial(plain, batch=1, pack=True))
+    together = {}
+    while len(together) < len(alone):
+        together |= by_text(next(rows))
+    assert together.keys() == alone.keys()
+    for text, expected in alone.items():
+        np.testing.assert_allclose(together[text], expected, atol=1e-5)

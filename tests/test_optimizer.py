@@ -90,3 +90,14 @@ def test_a_long_gradient_is_cut_to_the_norm_and_a_short_one_is_not(make):
 def test_plain_descent_moves_by_the_gradient_and_not_without_one():
     path = run(sgd(learning_rate=0.5), [jnp.array([2.0]), jnp.array([0.0])], jnp.array([1.0]))
     assert_array_equal(np.concatenate(path), [0.0, 0.0])
+
+
+def test_momentum_can_be_kept_in_half_and_the_second_moment_stays():
+    rng = np.random.default_rng(0)
+    start = jnp.asarray(rng.normal(size=64), jnp.float32)
+    gradients = [jnp.asarray(rng.normal(size=64), jnp.float32) for _ in range(20)]
+    half = adam(learning_rate=0.1, momentum_dtype="bfloat16")
+    kept = {x.dtype for x in jax.tree.leaves(half.init(start)) if x.ndim}
+    assert kept == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    one, other = (run(o, gradients, start)[-1] for o in (half, adam(learning_rate=0.1)))
+    assert 0 < np.abs(one - other).max() < 0.02

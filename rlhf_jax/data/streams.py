@@ -41,8 +41,12 @@ def text(
     source: Source = BASE,
     field: str = "text",
     marks: Callable[[str, Sequence[tuple[int, int]]], np.ndarray] | None = vader.token_marks,
+    pack: bool = False,
 ) -> grain.IterDataset:
     """`Labeled`: BOS text EOS in rows of `length` tokens; longer texts are cut and have no EOS.
+
+    With `pack` a row holds as many whole texts as fit, each a segment, and has the score 0; a batch
+    is then so many rows, and more texts.
 
     `score` is the row's "score" (snippets: mean rating, −4 to 4), `token_score` is
     `marks(text, offsets)`: the valence of VADER's lexicon (−4 to 4) on tokens of words it knows. 0
@@ -66,7 +70,8 @@ def text(
 
     if marks is not None:
         marks("", ())  # so that a missing network is reported here and not inside a thread
-    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch)
+    records, row = _packed(_rows(source), row, length) if pack else (_rows(source), row)
+    return _stream(records, row, seed=seed, shard=shard, batch=batch)
 
 
 def prompts(
@@ -122,11 +127,12 @@ def chats(
     tokenizer: str | Path,
     source: Source,
     template: str | None = None,
+    pack: bool = False,
 ) -> grain.IterDataset:
     """`Labeled` chats in rows of `length` tokens, longer ones cut; the mask is what was said.
 
     Rows have "messages", a list of {"role", "content"}, and perhaps a "score". `tokenizer` is a
-    directory of Hugging Face; `template` stands in for its own.
+    directory of Hugging Face; `template` stands in for its own. `pack`: as in `text`.
 
     Raises:
         DataError: while iterating, for messages that the template refuses.
@@ -144,7 +150,8 @@ def chats(
             score=np.float32(_get(record, "score", 0.0)),
         )  # fmt: skip
 
-    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch)
+    records, row = _packed(_rows(source), row, length) if pack else (_rows(source), row)
+    return _stream(records, row, seed=seed, shard=shard, batch=batch)
 
 
 def chat_prompts(
@@ -257,6 +264,34 @@ def _stream(records, row, *, seed, shard, batch, number=None) -> grain.IterDatas
     batches = mine.batch(batch // count, drop_remainder=True, batch_fn=_stack)
     # One thread and a few batches ahead: rows are cheap, and the device needs the host's cores.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def _packed(records: Rows, row: Callable, length: int):
+    """Records put together so that each lot fits a row (best fit, longest first), and its row."""
+    sizes = [int(row(record, None).segments.sum()) for record in records]
+    room: list[list[list[int]]] = [[] for _ in range(length + 1)]  # lots by what is left in them
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        left = next((r for r in range(sizes[i], length) if room[r]), length)
+        lot = room[left].pop() if room[left] else []
+        room[left - sizes[i]].append([*lot, i])
+
+    def one(lot, rng) -> Labeled:
+        parts = [row(records[i], rng) for i in lot]
+
+        def joined(name):
+            used = [getattr(part, name)[part.segments > 0] for part in parts]
+            end = getattr(parts[-1], name)[parts[-1].segments == 0]  # padding
+            return np.concatenate([*used, np.resize(end, length)])[:length]
+
+        filled = np.concatenate([np.full(sizes[i], n) for n, i in enumerate(lot, 1)])
+        segments = np.zeros(length, np.int32)
+        segments[: len(filled)] = filled
+        names = ("tokens", "mask", "token_score")
+        return Labeled(
+            **{name: joined(name) for name in names}, segments=segments, score=np.float32(0.0)
+        )
+
+    return [tuple(lot) for lots in room for lot in lots], one
 
 
 def _number(place: int, prompt: Prompts) -> Prompts:
