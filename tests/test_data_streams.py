@@ -228,8 +228,9 @@ def test_packed_rows_hold_every_text_once_an_epoch_whole_and_little_padding():
     plain = partial(streams.text, length=96, marks=None, **{**COMMON, "batch": 1})
     written = {texts_of(next_)[0] for next_ in take(start(plain), 46)}  # two epochs
     packed, found, used = start(partial(plain, pack=True)), [], []
-    while len(found) < len(written):
-        row = next(packed)
+    for row in take(packed, len(written)):
+        if len(found) >= len(written):
+            break
         found += texts_of(row)
         used.append((row.segments > 0).mean())
         for n in range(1, row.segments.max() + 1):
@@ -261,8 +262,8 @@ def test_a_text_in_a_packed_row_is_scored_as_it_is_alone(model, params):
     alone = by_text(next(start(partial(plain, batch=6))))
     rows = start(partial(plain, batch=1, pack=True))
     together = {}
-    while len(together) < len(alone):
-        together |= by_text(next(rows))
+    for row in take(rows, 12):
+        together |= by_text(row)
     assert together.keys() == alone.keys()
     for text, expected in alone.items():
         np.testing.assert_allclose(together[text], expected, atol=1e-5)
