@@ -94,8 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--arms", metavar="A,B", help="some of the arms; default: all of the preset")
     study.add_argument("--seeds", metavar="N", help="the first N seeds, or some: 0,3,5")
 
-    sample = command("sample", _sample, "let a trained policy write")
+    sample = command("sample", _sample, "let a trained policy write, or a model of Hugging Face")
     run_directory(sample)
+    sample.add_argument(
+        "--chat", action="store_true", help="of a directory of Hugging Face: prompts are questions"
+    )
     sample.add_argument("--prompt", action="append", help="how the text begins; may be repeated")
     sample.add_argument("--learner", default="policy")
     sample.add_argument("--count", type=int, default=4, help="samples of each prompt")
@@ -121,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="directory of Hugging Face that gives tokenizer and config; default: the run's own",
     )
+
+    convert = command("convert", _convert, "write a GGUF file as a directory of Hugging Face")
+    convert.add_argument("gguf", metavar="FILE", help="a Llama of llama.cpp")
+    convert.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
 
     report = command("report", _report, "write one HTML page about a run")
     report.add_argument("directory", metavar="RUN", help="the --out of a train or study command")
@@ -192,8 +199,15 @@ def _show(options) -> None:
 
 def _sample(options) -> None:
     from rlhf_jax import runs
-    from rlhf_jax.inference import sample_texts
+    from rlhf_jax.inference import sample_model, sample_texts
+    from rlhf_jax.models import pretrained
 
+    if pretrained.is_directory(options.directory):
+        names = ("chat", "count", "length", "temperature", "top_k", "top_p", "seed")
+        given = {name: getattr(options, name) for name in names}
+        for text in sample_model(options.directory, prompts=options.prompt or [""], **given):
+            print(f"- {text}")
+        return
     config, directory = runs.stage_of(
         runs.find(options.directory, file=options.file), options.stage
     )
@@ -233,6 +247,16 @@ def _export(options) -> None:
             origin=options.origin,
         )
     )
+
+
+def _convert(options) -> None:
+    from rlhf_jax.config import ConfigError
+    from rlhf_jax.models.gguf import convert
+
+    try:
+        print(convert(options.gguf, options.out))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _eval(options) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from rlhf_jax import step as steps
 from rlhf_jax.checkpoint import restore_frozen, restore_params
 from rlhf_jax.config import Config, ConfigError
+from rlhf_jax.data import chat as chats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import exporting, pretrained, weights
 from rlhf_jax.rollout import Sampling, generate
@@ -62,17 +63,67 @@ def sample_texts(
         sampling = config.rollouts.sampling
     else:
         sampling = Sampling(stop=tokenizer.stops, banned=tokenizer.never)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = sampling.replace(**{name: x for name, x in given.items() if x is not None})
-    if not sampling.temperature > 0:
-        raise ConfigError(f"temperature {temperature}: must be above 0; for greedy use top_k 1")
-    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or count < 1 or length < 1:
-        raise ConfigError("needs 0 < top_p ≤ 1, top_k ≥ 0, count ≥ 1 and length ≥ 1")
     params = learner_params(config, directory, learner, step)
     model = config.learners[learner].model
     if not model.lm_head:
         raise ConfigError(f"learner {learner!r} has no language model head to sample from")
     ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts]
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    said = _said(model, params, ids, tokenizer, sampling, given, count, length, seed)
+    return [tokenizer.decode(row) for row in said]
+
+
+def sample_model(
+    path: str | Path,
+    *,
+    prompts: Sequence[str],
+    chat: bool = False,
+    count: int = 1,
+    length: int = 40,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """`count` texts for each prompt from a directory of Hugging Face, prompt included.
+
+    With `chat` a prompt is what a user says, put in the model's own template, and what comes back
+    is the answer alone.
+
+    Raises:
+        ConfigError: for a directory that is not whole, or numbers that make no sense.
+    """
+    try:
+        model = pretrained.model(path, scan=True)
+        lazy = pretrained.load(path, model)
+        tokenizer = tokenizers.load(path)
+        talk = chats.load(path) if chat else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
+    params = weights.fill(shapes, lazy, origin=str(path))
+    if talk is None:
+        ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts]
+    else:
+        ids = [talk.encode([{"role": "user", "content": x}], ask=True).ids for x in prompts]
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = Sampling(stop=tokenizer.stops, banned=tokenizer.never)
+    said = _said(model, params, ids, tokenizer, sampling, given, count, length, seed)
+    skip = [len(one) if chat else 0 for one in ids for _ in range(count)]
+    return [tokenizer.decode(row[n:]) for row, n in zip(said, skip, strict=True)]
+
+
+def _said(model, params, ids, tokenizer, sampling, given, count, length, seed) -> list[list[int]]:
+    """Tokens of `count` texts for each prompt, prompt included."""
+    sampling = sampling.replace(**{name: x for name, x in given.items() if x is not None})
+    if not sampling.temperature > 0:
+        raise ConfigError(
+            f"temperature {sampling.temperature}: must be above 0; for greedy use top_k 1"
+        )
+    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or count < 1 or length < 1:
+        raise ConfigError("needs 0 < top_p ≤ 1, top_k ≥ 0, count ≥ 1 and length ≥ 1")
     longest = max(len(i) for i in ids)
     if longest + length > model.context:
         raise ConfigError(
@@ -90,10 +141,8 @@ def sample_texts(
     run = jax.jit(partial(generate, model=model, length=length))
     rollout = run(params, jax.tree.map(jnp.asarray, batch), jax.random.key(seed), sampling=sampling)
     used = np.asarray(rollout.segments) > 0
-    return [
-        tokenizer.decode(row[keep].tolist())
-        for row, keep in zip(np.asarray(rollout.tokens), used, strict=True)
-    ]
+    rows = zip(np.asarray(rollout.tokens), used, strict=True)
+    return [row[keep].tolist() for row, keep in rows]
 
 
 def export(

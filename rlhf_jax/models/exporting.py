@@ -60,7 +60,7 @@ def export(
     flat = weights.flat(params)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_shards(out, _tensors(family, model, flat, stored), shard_bytes)
+        write_shards(out, _tensors(family, model, flat, stored), shard_bytes)
         (out / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         for name in TOKENS if origin is not None else ():
             if (file := Path(origin).expanduser() / name).is_file():
@@ -179,7 +179,7 @@ def _tensors(family: Family, model: Transformer, flat, dtype) -> Iterator[tuple[
         yield entry.tensor, np.ascontiguousarray(found.astype(dtype))
 
 
-def _write_shards(out: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
+def write_shards(out: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
     """Files of at most `limit` bytes, or one tensor; an index if there are several."""
     shard: dict[str, np.ndarray] = {}
     files: list[dict[str, int]] = []
