@@ -151,7 +151,7 @@ def _primaries(settings: Settings) -> tuple[Claim, ...]:
         ),
         Claim(
             "P4",
-            "where a word two places later decides, marks on the token lose their advantage: "
+            "where a word two places later decides, marks on it do not help, preferences do: "
             "P(wrong) of horizon 1 less that of preferences",
             lambda r: (
                 r.values("wrong_known", "late_horizon_one") - r.values("wrong_known", "late_dpo")

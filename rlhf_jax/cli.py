@@ -199,10 +199,13 @@ def _show(options) -> None:
 
 def _sample(options) -> None:
     from rlhf_jax import runs
+    from rlhf_jax.config import ConfigError
     from rlhf_jax.inference import sample_model, sample_texts
     from rlhf_jax.models import pretrained
 
     if pretrained.is_directory(options.directory):
+        if options.chat and not options.prompt:
+            raise ConfigError("--chat needs a question: --prompt '...'")
         names = ("chat", "count", "length", "temperature", "top_k", "top_p", "seed")
         given = {name: getattr(options, name) for name in names}
         for text in sample_model(options.directory, prompts=options.prompt or [""], **given):

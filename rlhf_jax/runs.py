@@ -143,6 +143,8 @@ def find(directory: str | Path, *, file: str | None = None) -> Recorded:
     """
     directory = Path(directory)
     path = directory / "run.json"
+    if not directory.is_dir():
+        raise ConfigError(f"there is no directory {directory}; give the --out of a train command")
     if not path.is_file():
         raise ConfigError(f"{directory} holds no run (there is no run.json); give a train --out")
     record = json.loads(path.read_text())

@@ -40,6 +40,8 @@ def convert(file: str | Path, out: str | Path, *, dtype: str = "float32") -> Pat
     except ImportError as error:
         raise PretrainedError("reading GGUF needs a package: pip install gguf") from error
     file, out = Path(file).expanduser(), Path(out).expanduser()
+    if not file.is_file():
+        raise PretrainedError(f"there is no file {file}")
     try:
         reader = GGUFReader(str(file))
     except (OSError, ValueError) as error:

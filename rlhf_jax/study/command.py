@@ -54,6 +54,8 @@ def run(
     for v in verdicts:
         print(f"{v.claim.name:4s} {v.verdict:10s} {v.claim.says}\n     {words.estimate(v)}")
     print(f"{words.answer(verdicts)}\n{path}  ({time.monotonic() - began:.0f} s)", flush=True)
+    if chosen.arms and preset == "cpu_ci":
+        print("cpu_ci shows that it runs, with some of the arms; the answer is --preset cpu's")
     return path
 
 

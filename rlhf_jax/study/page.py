@@ -154,7 +154,8 @@ def _surprises(verdicts: Sequence[Verdict], others: Sequence[Estimate]) -> str:
     elif not ran:
         content = "<p>No claim has been put to the test.</p>"
     elif all(one.inside for one in ran):
-        content = "<p>Nothing: every estimate lies where it was predicted.</p>"
+        some = "every estimate lies" if len(ran) == len(verdicts) + len(others) else "what ran lies"
+        content = f"<p>Nothing: {some} where it was predicted.</p>"
     else:
         content = "<p>Nothing: no result contradicts its prediction.</p>"
     return f"<h2>What was surprising</h2>{content}"
