@@ -106,11 +106,10 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """Two steps, then two more after a resume on a mesh of eight devices."""
-    out = tmp_path_factory.mktemp("run")
+    """Two steps, then two more after a resume; tests/test_models_run.py has eight devices."""
+    out, config = tmp_path_factory.mktemp("run"), smoke(base, steps=4)
     loop.train(smoke(base, steps=2), out, devices=jax.devices()[:1])
-    config = smoke(base, steps=4, mesh=(2, 2, 2))
-    return loop.train(config, out, resume=True), out, config
+    return loop.train(config, out, resume=True, devices=jax.devices()[:1]), out, config
 
 
 def test_adapters_learn_and_the_optimiser_knows_of_nothing_else(run, base):
