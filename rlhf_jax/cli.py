@@ -211,6 +211,11 @@ def _sample(options) -> None:
         for text in sample_model(options.directory, prompts=options.prompt or [""], **given):
             print(f"- {text}")
         return
+    if options.chat:
+        raise ConfigError(
+            f"--chat asks a directory of Hugging Face, which {options.directory} is not; "
+            "rlhf-jax export makes one of a run"
+        )
     config, directory = runs.stage_of(
         runs.find(options.directory, file=options.file), options.stage
     )

@@ -73,6 +73,7 @@ def test_show_prints_every_number_and_the_batch_plan(capsys):
         (["show", SMOKE, "--set", "frozen.reference.start.learner=foo"], "no learner 'foo'"),
         (["show", str(EXPERIMENTS / "README.md")], "is not a .py file"),
         (["sample", "nowhere"], "there is no directory"),
+        (["sample", "nowhere", "--chat"], "rlhf-jax export makes one"),
         (["eval", "nowhere"], "there is no directory"),
         (["report", "nowhere"], "nowhere"),
         (["train", SMOKE, "--out", f"{SMOKE}/x"], "cannot write to"),
