@@ -63,7 +63,7 @@ def claims(sizes, arms: Collection[str]) -> tuple[tuple[Claim, ...], tuple[Claim
     """Primaries and secondary claims, the latter of the arms there are."""
     future = sizes.predictable.future
     share = {"supported": NEAR, "possible": FAR, "unit": "of P(B)"}
-    near = [arm for arm in ("horizon_one", "careful") if arm in arms]
+    near = ("horizon_one", "careful")
     primaries = (
         Claim(
             "P1",
