@@ -51,28 +51,24 @@ def train(
     stages: Mapping[str, Path] | None = None,
     stage: str = "",
     devices: Sequence[jax.Device] | None = None,
+    phases: Phases | None = None,
 ) -> TrainState:
     """Run all steps, from the last checkpoint in `out` if resuming; return the last state.
 
     `stages` maps earlier stages of a pipeline to their directories; `devices` None means all.
+    `phases` of a run that differs in its seed or number of steps only spare compiling again.
 
     Raises:
         ConfigError: for an experiment that cannot run. RunError: for one that cannot go on.
         Stopped: after SIGTERM or Ctrl-C, once everything is saved.
     """
-    devices = jax.devices() if devices is None else devices
-    check(config, devices=len(devices))
-    mesh = sharding.make_mesh(config.mesh, devices)
-    keep = config.checkpoint.keep
+    phases = prepared(config, devices) if phases is None else phases
+    mesh, keep = phases.mesh, config.checkpoint.keep
     with (
         Preemption() as preemption,
         jax.set_mesh(mesh),
         Checkpoints(out / "checkpoints", keep=keep) as checkpoints,
     ):
-        try:
-            phases = build(config, mesh)
-        except ValueError as error:  # a weight that does not divide, or has no sharding rule
-            raise ConfigError(str(error)) from error
         streams = feed.opened_all(config)
         latest = checkpoints.latest() if resume else None
         if latest is None:
@@ -111,6 +107,22 @@ def train(
                     checkpoints.wait()
                     raise Stopped(f"stopped as asked; step {done} is saved in {out}")
     return state
+
+
+def prepared(config: Config, devices: Sequence[jax.Device] | None = None) -> Phases:
+    """The programs of a run on its mesh, after all that can be seen before anything is compiled.
+
+    Raises:
+        ConfigError: for an experiment that cannot run.
+    """
+    devices = jax.devices() if devices is None else devices
+    check(config, devices=len(devices))
+    mesh = sharding.make_mesh(config.mesh, devices)
+    try:
+        with jax.set_mesh(mesh):
+            return build(config, mesh)
+    except ValueError as error:  # a weight that does not divide, or has no sharding rule
+        raise ConfigError(str(error)) from error
 
 
 def _due(done: int, every: int | None) -> bool:

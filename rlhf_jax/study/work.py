@@ -23,7 +23,7 @@ from rlhf_jax.study.design import Arm, Study, Trained
 from rlhf_jax.study.digest import digest
 from rlhf_jax.study.results import Results, Row
 from rlhf_jax.study.together import Together
-from rlhf_jax.train import train
+from rlhf_jax.train import prepared, train
 from rlhf_jax.types import Params
 
 SECONDS = 3.0  # that one call of a program shall take: how often progress is shown
@@ -150,6 +150,7 @@ class Work:
 
     def _one_by_one(self, name, arm, seeds, folder):
         config, rows = arm.run, []
+        phases = prepared(config)
         for number, seed in enumerate(seeds):
             directory = folder / f"seed{seed}"
             stages = {s: self.folder(s) / f"seed{seed}" for s in self.stages(name)}
@@ -162,7 +163,10 @@ class Work:
                 part = replace(config, seed=seed, steps=stop)
                 again = (directory / "checkpoints").is_dir()
                 directory.mkdir(parents=True, exist_ok=True)
-                state = train(part, directory, resume=again, stages=stages, stage=f"{name}/{seed}")
+                state = train(
+                    part, directory, resume=again, stages=stages, stage=f"{name}/{seed}",
+                    phases=phases,
+                )  # fmt: skip
                 if int(state.step) != stop:
                     raise ConfigError(
                         f"{directory} is at step {int(state.step)}, and was not measured at step "
