@@ -1,4 +1,4 @@
-"""The command line: train, study, sample, eval, report, show.
+"""The command line: train, study, bench, sample, eval, export, convert, report, show.
 
 A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
 that a signal stopped, its state saved, with 0.
@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--arms", metavar="A,B", help="some of the arms; default: all of the preset")
     study.add_argument("--seeds", metavar="N", help="the first N seeds, or some: 0,3,5")
 
+    bench = command("bench", _bench, "measure an experiment's iteration, phase by phase")
+    experiment(bench)
+    bench.add_argument("--repeats", type=int, default=5, help="iterations that count; default: 5")
+    bench.add_argument("--out", metavar="FILE", help="a .json file for all that was measured")
+    bench.add_argument("--profile", metavar="DIR", help="a trace of one more, for xprof")
+
     sample = command("sample", _sample, "let a trained policy write, or a model of Hugging Face")
     run_directory(sample)
     sample.add_argument(
@@ -159,6 +165,18 @@ def _study(options) -> None:
         arms=arms,
         seeds=options.seeds,
     )
+
+
+def _bench(options) -> None:
+    from rlhf_jax import bench
+    from rlhf_jax.experiment import load
+
+    found = bench.bench(
+        load(options.file, options.settings), repeats=options.repeats, profile=options.profile
+    )
+    bench.show(found)
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(found, indent=1))
 
 
 def _report(options) -> None:

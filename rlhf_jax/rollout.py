@@ -225,9 +225,8 @@ def generate(
         said = environments.answer(environment, context, before.world.state, token, vocab=vocab)
         return _answered(before, state, said)
 
-    # Padding of a short prompt is written to the cache too, behind it: each such place is
-    # overwritten by a response token before anything attends to it.
-    positions = jnp.broadcast_to(jnp.arange(p), (b, p))
+    place = jnp.arange(p)[None]
+    positions = jnp.where(place < prompts.length[:, None], place, -1)
     cache = model.empty_cache(b, capacity)
     hidden, cache = model.apply(params, prompts.tokens, positions=positions, cache=cache)
     last = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
@@ -240,7 +239,7 @@ def generate(
         state, cache = carry
         place = jnp.arange(1 + k)[None]
         at = (state.end - 1 - state.count)[:, None] + place
-        at = jnp.where(state.done[:, None] | (place > state.count[:, None]), capacity, at)
+        at = jnp.where(state.done[:, None] | (place > state.count[:, None]), -1, at)
         hidden, cache = model.apply(params, state.turn, positions=at, cache=cache)
         newest = jnp.take_along_axis(hidden, state.count[:, None, None], axis=1)[:, 0]
         return choose(state, newest), cache
@@ -262,4 +261,5 @@ def generate(
         prompt_id=prompts.prompt_id,
         sample_id=prompts.sample_id,
         earned=earned,
+        most=length,
     )

@@ -10,7 +10,7 @@ import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.models.attention import dot_attention
+from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.transformer import Transformer, index_in_segment
 
 
@@ -60,14 +60,15 @@ def test_decoding_with_a_cache_equals_the_full_forward(either, hidden, tokens):
 
     positions = np.broadcast_to(np.arange(4), (4, 4))
     prompt = np.where(positions < length[:, None], tokens[:, :4], 31)  # padding: whatever
-    out, cache = apply(params, prompt, positions=positions, cache=model.empty_cache(4, end))
+    positions = np.where(positions < length[:, None], positions, -1)
+    out, cache = apply(params, prompt, positions=positions, cache=model.empty_cache(4, 4 + end))
     for row, n in enumerate(length):
         assert_allclose(out[row, :n], hidden[row, :n], atol=1e-5)
     for step in range(end):
-        at = np.where(length + step < end, length + step, end)  # rows at their end write nothing
-        token = np.take_along_axis(tokens, np.minimum(at, end - 1)[:, None], axis=1)
+        at = np.where(length + step < end, length + step, -1)  # rows at their end write nothing
+        token = np.take_along_axis(tokens, at[:, None], axis=1)
         out, cache = apply(params, token, positions=at[:, None], cache=cache)
-        for row in np.flatnonzero(at < end):
+        for row in np.flatnonzero(at >= 0):
             assert_allclose(out[row, 0], hidden[row, at[row]], atol=1e-5)
 
 
@@ -167,6 +168,26 @@ def test_a_query_without_any_key_stays_finite():
     assert jnp.isfinite(dot_attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
 
 
+def test_attention_is_that_of_the_library_forward_and_backward():
+    """Queries of six heads over keys of two, of which each row sees some."""
+    rng = np.random.default_rng(0)
+    query, weight = rng.normal(size=(2, 2, 5, 6, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, 5, 2, 4)).astype(np.float32)
+    mask = np.tril(np.ones((5, 5), bool)) & (rng.random((2, 1, 5)) < 0.7) | np.eye(5, dtype=bool)
+
+    def both(kernel):
+        def loss(given):
+            found = kernel(*given)
+            return (found * weight).sum(), found
+
+        return jax.jit(jax.grad(loss, has_aux=True))((query, key, value))
+
+    expected = both(partial(jax.nn.dot_product_attention, mask=mask[:, None]))
+    for kernel in (dot_attention, grouped_attention):
+        found = both(partial(kernel, mask=mask))
+        jax.tree.map(partial(assert_allclose, atol=1e-5), found, expected)
+
+
 def test_a_fresh_model_values_everything_at_exactly_zero(model, tokens):
     params = jax.jit(model.init)(jax.random.key(0))
     hidden = jax.jit(model.apply)(params, tokens).hidden
@@ -183,7 +204,9 @@ def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, 
     }
     out = jax.jit(half.apply)(params, tokens)
     assert out.hidden.dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(half.empty_cache(1, 2))} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(half.empty_cache(1, 2).layers)} == {
+        jnp.dtype("bfloat16")
+    }
     logits = half.logits(params, out.hidden)
     assert logits.dtype == half.value(params, out.hidden).dtype == jnp.float32
     _, exact = toys.forward(model, params, tokens)

@@ -43,7 +43,7 @@ class Sizes:
     sft_rate: float = 1e-3
     reward_steps: int = 160
     base_steps: int = base.STEPS  # of a model that is not the shipped one
-    prompts: int = 512  # held-out openings that are continued for one measure
+    prompts: int = 256  # held-out openings that are continued for one measure
     injected: int = 8  # tokens of a sentence that people disliked
 
 

@@ -18,26 +18,48 @@ def dot_attention(
     mask: Bool[Array, "b t s"],
 ) -> Float[Array, "b t h k"]:
     """Softmax attention with float32 logits; a row without any key stays finite."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+    def library(query, key, value, mask):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+    # XLA:CPU makes one product of matrices out of the own form, and several copies of the other.
+    return jax.lax.platform_dependent(
+        query, key, value, mask, cpu=grouped_attention, default=library
+    )
 
 
-def capped_attention(
+def grouped_attention(
     query: Float[Array, "b t h k"],
     key: Float[Array, "b s g k"],
     value: Float[Array, "b s g k"],
     mask: Bool[Array, "b t s"],
     *,
-    cap: float,
+    cap: float | None = None,
 ) -> Float[Array, "b t h k"]:
-    """`dot_attention` with logits cap · tanh(logit / cap) (Gemma 2), which no fused kernel has."""
-    b, t, _, size = query.shape
-    grouped = query.reshape(b, t, key.shape[2], -1, size)
+    """The same, the queries of one key head side by side, so that no key is repeated.
+
+    With `cap` logits are cap · tanh(logit / cap) (Gemma 2), which no fused kernel has.
+    """
+    (b, t, h, size), (_, s, g, _) = query.shape, key.shape
+    # [b, g, h/g · t, k]: the heads that share a key are rows of one product.
+    rows = query.reshape(b, t, g, h // g, size).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, size)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    logit = jnp.einsum("btgnk,bsgk->bgnts", grouped, key, preferred_element_type=wide)
-    logit = cap * jnp.tanh(logit * (size**-0.5 / cap))
-    low = 0.7 * jnp.finfo(logit.dtype).min  # finite, so that a row without keys is no nan
-    weight = jax.nn.softmax(jnp.where(mask[:, None, None], logit, low), axis=-1)
-    return jnp.einsum("bgnts,bsgk->btgnk", weight.astype(value.dtype), value).reshape(query.shape)
+    logit = jnp.einsum("bgqk,bgsk->bgqs", rows, key, preferred_element_type=wide)
+    weight = softmax(logit.reshape(b, g, -1, t, s) * size**-0.5, mask[:, None, None], cap=cap)
+    weight = weight.reshape(b, g, -1, s).astype(value.dtype)
+    found = jnp.einsum("bgqs,bgsk->bgqk", weight, value).reshape(b, g, -1, t, size)
+    return found.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def softmax(
+    logit: Float[Array, "*n s"], mask: Bool[Array, "*n s"], *, cap: float | None = None
+) -> Float[Array, "*n s"]:
+    """Weights of the last axis where `mask`; finite where it is nowhere true."""
+    if cap is not None:
+        logit = cap * jnp.tanh(logit / cap)
+    low = 0.7 * jnp.finfo(logit.dtype).min
+    return jax.nn.softmax(jnp.where(mask, logit, low), axis=-1)
 
 
 def myopic(
@@ -110,8 +132,7 @@ def gradient_where(
 
     # The two products are equal, and the compiler makes one of them; their gradients differ.
     logit = jnp.where(live, logits(key), logits(still_key)) * (size**-0.5)
-    low = 0.7 * jnp.finfo(logit.dtype).min  # finite, so that a row without keys is no nan
-    weight = jax.nn.softmax(jnp.where(seen, logit, low), axis=-1).astype(value.dtype)
+    weight = softmax(logit, seen).astype(value.dtype)
     taught = jax.lax.stop_gradient(jnp.where(live, weight, 0))
     return mixed(weight, still_value) + mixed(taught, value - still_value)  # + 0, and a gradient
 

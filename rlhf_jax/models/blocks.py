@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models.attention import capped_attention, dot_attention
+from rlhf_jax.models.attention import dot_attention, grouped_attention
+from rlhf_jax.models.cache import attention as cached_attention
+from rlhf_jax.models.cache import placed, written
 from rlhf_jax.sharding import gather_columns, split_rows
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ class _Block(nn.Module):
     config: Transformer
 
     @nn.compact
-    def __call__(self, carry, which, positions, mask, near):
+    def __call__(self, carry, which, positions, mask, near, used):
         c = self.config
         (hidden, cache), (layer, local) = carry, which
         linear = partial(_Linear, model=c)
@@ -160,13 +162,16 @@ class _Block(nn.Module):
                 query, key = rotate(query, positions, turn), rotate(key, positions, turn)
             if c.query_scale is not None:  # the kernels multiply by head_dim ** -0.5
                 query = query * jnp.asarray(c.query_scale * c.size_of_head**0.5, query.dtype)
-            kept = cache
-            if cache is not None:
-                kept, key, value = _write(cache, layer, positions, key, value, stacked=c.scan)
             seen = mask if near is None else jnp.where(local, near, mask)
-            attend = c.attention if c.attention is not None else dot_attention
+            attend, kept = c.attention if c.attention is not None else dot_attention, cache
             if c.attention_cap is not None:
-                attend = partial(capped_attention, cap=c.attention_cap)
+                attend = partial(grouped_attention, cap=c.attention_cap)
+            if cache is not None:
+                kept, key, value = written(cache, used, key, value, layer if c.scan else None)
+                if c.attention is None:
+                    attend = partial(cached_attention, cap=c.attention_cap)
+                else:  # a kernel of its own reads keys in the order of the text
+                    key, value = key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
             x = attend(query, key, value, seen).reshape(b, t, -1)
             return linear(c.width, scale=narrow, bias=c.out_bias, name="out")(x), kept
 
@@ -193,19 +198,6 @@ class _Block(nn.Module):
         return (split_rows(hidden), cache), None
 
 
-def _write(cache, layer, positions, key, value, *, stacked):
-    """Put this call's keys and values at their positions; return what the layer attends to."""
-    row = jnp.arange(positions.shape[0])[:, None]
-    keys, values = cache
-    at = (layer, row, positions) if stacked else (row, positions)
-    keys = keys.at[at].set(key, mode="drop")
-    values = values.at[at].set(value, mode="drop")
-    if not stacked:
-        return (keys, values), keys, values
-    read = jax.lax.dynamic_index_in_dim
-    return (keys, values), read(keys, layer, keepdims=False), read(values, layer, keepdims=False)
-
-
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm; heads are only made here, `Transformer` applies them."""
 
@@ -215,6 +207,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, segments, cache=None):
         """Hidden states and the cache: see `Transformer.apply`."""
         c = self.config
+        used, pairs = (None, None) if cache is None else (cache.used, cache.layers)
         hidden = _Embed(c.vocab, c, name="embed")(tokens).astype(c.dtype)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
@@ -228,9 +221,9 @@ class Decoder(nn.Module):
             same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
             mask, keys = same & causal[None], positions
         else:
-            length = jax.tree.leaves(cache)[0].shape[-3]
-            keys = jnp.arange(length)[None]
-            mask = keys[:, None, :] <= positions[:, :, None]
+            cache = placed(cache, positions)
+            keys = cache.places
+            mask = (keys >= 0)[:, None, :] & (keys[:, None, :] <= positions[:, :, None])
         near = None
         if c.window:
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.window)
@@ -245,20 +238,22 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, *[nn.broadcast] * 4),
                 length=c.layers,
             )(c, name="layers")
             which = jnp.arange(c.layers), jnp.array(local)
-            (hidden, cache), _ = layers((hidden, cache), which, positions, mask, near)
+            (hidden, pairs), _ = layers((hidden, pairs), which, positions, mask, near, used)
         else:
             new = []
             for i in range(c.layers):
                 layer = block(c, name=f"layers_{i}")
-                own = None if cache is None else cache[i]
+                own = None if cache is None else pairs[i]
                 which = jnp.int32(i), jnp.array(local[i])
-                (hidden, own), _ = layer((hidden, own), which, positions, mask, near)
+                (hidden, own), _ = layer((hidden, own), which, positions, mask, near, used)
                 new.append(own)
-            cache = None if cache is None else tuple(new)
+            pairs = tuple(new)
+        if cache is not None:
+            cache = cache._replace(used=used + tokens.shape[1], layers=pairs)
 
         hidden = _Norm(c, name="final_norm")(hidden)
         if self.is_initializing():

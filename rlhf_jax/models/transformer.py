@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax.models import cache as caches
 from rlhf_jax.models.blocks import ACTIVATIONS, REMAT, Decoder
-from rlhf_jax.sharding import split_rows
+from rlhf_jax.models.cache import Cache
 from rlhf_jax.types import Params
 
-Cache = Any  # keys and values [b, s, kv_heads, head_dim]: one pair a layer, or stacked when scanned
 Tap = Callable[[Int[Array, ""], Float[Array, "b t d"]], Float[Array, "b t d"]]
 Attention = Callable[..., Float[Array, "b t h k"]]
 
@@ -180,7 +180,8 @@ class Transformer:
 
         Without a cache, a token attends to earlier tokens of its own segment (0 is padding;
         default: all one segment) and its position is the index within it. With a cache, tokens are
-        written at `positions` and attend to everything at or before their own.
+        written behind what it holds and attend to what is there at or before their own position;
+        those at position −1 are padding.
 
         `tap(layer, hidden) -> hidden` reads or replaces the residual stream after each block;
         `attention(query, key, value, mask) -> [b, t, heads, head_dim]` swaps the kernel. None
@@ -211,16 +212,8 @@ class Transformer:
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for `length` tokens a row, in the compute dtype."""
-        shape = (rows, length, self.kv_heads, self.size_of_head)
-        if self.scan:
-            shape = (self.layers, *shape)
-            return split_rows((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)), axis=1)
-        return split_rows(
-            tuple(
-                (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-                for _ in range(self.layers)
-            )
-        )
+        shape = {"layers": self.layers, "heads": self.kv_heads, "size": self.size_of_head}
+        return caches.empty(rows, length, dtype=self.dtype, stacked=self.scan, **shape)
 
 
 def index_in_segment(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -1,0 +1,48 @@
+"""Operations that a model needs, counted from its shapes: a multiply and an add are two."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from rlhf_jax.models import weights
+
+HEADS = ("head/kernel", "value_head/kernel")
+
+
+def forward(model: Any, *, rows: float, tokens: float, read: float) -> float:
+    """Operations of a forward pass over `rows` texts of `tokens` tokens, logits for `read` of each.
+
+    2 per weight and token, and 4 · heads · head_dim per pair of a token and one that it attends to
+    (Kaplan et al. 2020, table 1; causal, so about half of all pairs). Norms, rotations and the
+    softmax are left out: they are bytes, not operations. A backward pass costs twice as much.
+    """
+    pairs = tokens * (tokens + 1) / 2
+    attention = 4 * model.heads * model.size_of_head * model.layers * pairs
+    head = 2 * model.width * model.vocab * read if model.lm_head else 0.0
+    return rows * (2 * matrices(model) * tokens + attention + head)
+
+
+def matrices(model: Any) -> int:
+    """Weights that every token is multiplied by, without embedding and heads."""
+    return sum(
+        math.prod(x.shape)
+        for name, x in _shapes(model).items()
+        if name.endswith(("/kernel", "/lora_a", "/lora_b")) and not name.endswith(HEADS)
+    )
+
+
+def decode_bytes(model: Any, *, rows: float, tokens: float) -> float:
+    """Bytes that a decoding step reads: every weight once, and keys and values of each row's text.
+
+    Weights are counted in the dtype they are stored in, the cache in that of the activations.
+    """
+    stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in _shapes(model).values())
+    size = jax.numpy.dtype(model.dtype).itemsize
+    return stored + 2 * model.layers * model.kv_heads * model.size_of_head * size * rows * tokens
+
+
+def _shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return weights.flat(jax.eval_shape(model.init, jax.random.key(0)))
