@@ -27,7 +27,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import ppo, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Prompts
 
 END = 2  # the token that ends a text

@@ -45,7 +45,8 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import ppo, reward_model, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_model
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 
 FIRST, STEPS, BEST = (
     150,

@@ -35,7 +35,7 @@ from rlhf_jax.data import pairing, snippets, streams, tokenizers
 from rlhf_jax.objectives import ppo, reward_model, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_model, missing_eos
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 
 SCALAR = replace(base.MODEL, lm_head=False, value_head=True)
 PAD, BOS, EOS, UNK, GOOD, BAD = range(6)

@@ -27,7 +27,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import ppo, reward_model, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_model
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 
 PAD, BOS, EOS = 0, 1, 2  # of the byte tokenizer, which has 261 tokens; 264 divides over 8 devices
 ROWS = [

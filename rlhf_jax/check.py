@@ -14,6 +14,7 @@ import jax
 from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
 from rlhf_jax.models import pretrained, weights
 from rlhf_jax.objectives.presets import Variant
+from rlhf_jax.rollout import check_slots
 from rlhf_jax.sharding import mesh_shape
 
 
@@ -287,6 +288,12 @@ def _check_batches(config, devices):
     sizes |= {name: batch_size(config, name) for name in config.data}
     sizes |= {name: one.pool.rows for name, one in config.derived.items() if one.pool is not None}
     data, fsdp, _ = mesh_shape(config.mesh, devices)
+    if sizes.get("experience") is not None:
+        spec = config.rollouts
+        try:
+            check_slots(sizes["experience"], spec.slots, samples=spec.samples, groups=data * fsdp)
+        except ValueError as error:
+            raise ConfigError(f"rollouts.slots: {error}") from error
     for name, learner in config.learners.items():
         size = sizes.get(learner.batch)  # what is derived is known once it is made
         parts = learner.minibatches * learner.microbatches * data * fsdp

@@ -16,7 +16,7 @@ from rlhf_jax.environment import Environment
 from rlhf_jax.optimizer import adam
 from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 
 RESERVED = ("self", "rollout", "eval", "time", "speed")  # prefixes of metrics, and of logits
 
@@ -93,6 +93,7 @@ class Rollouts:
     transform: Callable | None = None  # prompts, key -> prompts (control tokens)
     environment: Environment | None = None  # makes the prompts, and answers what the policy says
     samples: int = 1  # per prompt
+    slots: int | None = None  # texts written at a time: when one ends, the next begins; None: all
     sampling: Sampling = Sampling()
     policy: str = "policy"
     reference: str | None = "reference"  # None: no KL

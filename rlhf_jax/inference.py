@@ -16,7 +16,8 @@ from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import chat as chats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import exporting, pretrained, weights
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params, Prompts
 
 

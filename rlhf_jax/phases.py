@@ -138,6 +138,8 @@ def sampled(
     params: Params, prompts: Prompts, key: Array, sampling, context=None, *, model, spec: Rollouts
 ) -> Rollout:
     """Prompts, transformed if the rollouts say so, and what the policy says to them."""
+    # A transform may give each sample a prompt of its own.
+    shared = 1 if spec.transform is not None else spec.samples
     if spec.transform is not None:
         prompts = spec.transform(prompts, jax.random.fold_in(key, TRANSFORM))
     return generate(
@@ -149,6 +151,8 @@ def sampled(
         sampling=sampling,
         environment=spec.environment,
         context=context,
+        slots=spec.slots,
+        samples=shared,
     )
 
 

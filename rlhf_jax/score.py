@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlhf_jax.rollout import log_probabilities
+from rlhf_jax.sampling import log_probabilities
 from rlhf_jax.types import Params, Scores, Sequences
 
 

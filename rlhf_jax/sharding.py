@@ -141,6 +141,12 @@ def split_rows(tree: Any, axis: int = 0) -> Any:
     )
 
 
+def row_groups() -> int:
+    """Inside a compiled function: into how many parts the mesh splits rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in ROWS[0]) if "data" in mesh.axis_names else 1
+
+
 def gather_columns(embedding: jax.Array) -> jax.Array:
     """Inside a compiled function: an embedding table split over the vocabulary only.
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import phases, step
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.types import Control, Prompts, Sequences
 

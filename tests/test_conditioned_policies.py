@@ -40,7 +40,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.selection import above, with_score
 from rlhf_jax.types import Labeled, Scores
 

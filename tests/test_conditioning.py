@@ -26,7 +26,8 @@ from rlhf_jax.conditioning import (
 from rlhf_jax.environment import Environment
 from rlhf_jax.models.untagged import Untagged
 from rlhf_jax.objectives import mle
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.types import Labeled, Prompts, Scores, Sequences
 

@@ -34,7 +34,7 @@ from rlhf_jax.objectives import (
 from rlhf_jax.optimizer import sgd
 from rlhf_jax.pool import Pool
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.step import Misfit, evaluate, update
 from rlhf_jax.train import RunError

@@ -13,7 +13,8 @@ from toy_environments import JUMPS, names_of
 
 from rlhf_jax import environment
 from rlhf_jax.environment import Environment
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 
 ROWS, LENGTH = 16, 5

@@ -22,7 +22,8 @@ from rlhf_jax.data import streams, tokenizers
 from rlhf_jax.environment import Environment
 from rlhf_jax.inference import sample_texts
 from rlhf_jax.rewards import KL, from_environment
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 
 # --- what it says, while a rollout goes on
 

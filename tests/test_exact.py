@@ -23,7 +23,8 @@ from rlhf_jax.advantages import gae
 from rlhf_jax.config import Learner, Rollouts
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.step import collect, update
 from rlhf_jax.types import Control, Prompts
 

@@ -16,7 +16,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax.models import pretrained, weights
 from rlhf_jax.models.exporting import export, export_adapter
 from rlhf_jax.models.transformer import Lora
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Prompts
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -12,7 +12,8 @@ from toy_chain import BETA, BOS, CHAIN, OUTPUTS, REFERENCE, REWARD, START, refer
 
 from rlhf_jax import exact, measure, ratios
 from rlhf_jax.measure.divergence import by_position, k3, per_text, per_token
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Prompts
 
 STEPS = OUTPUTS.mask[0].sum()  # tokens of a text

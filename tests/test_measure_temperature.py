@@ -12,7 +12,7 @@ from toy_chain import BETA, BOS, CHAIN, OUTPUTS, REFERENCE, REWARD, START, refer
 
 from rlhf_jax import exact, measure
 from rlhf_jax.measure import Estimate
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Prompts
 
 TILT = exact.tilted(START, REWARD, beta=BETA)

@@ -22,7 +22,7 @@ from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import combine, ppo, reward_model, value
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL, from_model, from_text
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.train import RunError
 
 SMALL = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)

@@ -12,7 +12,8 @@ from toy_environments import names_of
 from rlhf_jax import environment, sharding
 from rlhf_jax.environment import Environment
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 
 LENGTH = 5
 OPPONENT = Transformer(vocab=32, width=16, layers=1, heads=2, kv_heads=1, mlp=32, context=32)

@@ -12,7 +12,8 @@ import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.rollout import Sampling, filtered, generate, log_probabilities
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling, filtered, log_probabilities
 from rlhf_jax.score import score
 from rlhf_jax.types import Prompts
 

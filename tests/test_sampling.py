@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from rlhf_jax.rollout import Sampling, draw, filtered, log_probabilities
+from rlhf_jax.sampling import Sampling, draw, filtered, log_probabilities
 
 
 def test_log_probabilities_are_a_log_softmax_at_the_rows_own_temperature():

@@ -21,7 +21,7 @@ from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Control, LearnerState, Pairs, Prompts
 
 MESHES = {"one device": (1, 1, 1), "data": (8, 1, 1), "all": (2, 2, 2), "tensor": (1, 1, 8)}

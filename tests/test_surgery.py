@@ -19,7 +19,8 @@ from rlhf_jax.models import attention, weights
 from rlhf_jax.models.probe import Probe
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizer import adam, sgd
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.start import begin
 from rlhf_jax.step import update

@@ -22,7 +22,7 @@ from rlhf_jax.models.transformer import Lora
 from rlhf_jax.objectives import ppo, value
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_text
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rlhf_jax.objectives import ppo, value
 from rlhf_jax.objectives.presets import ZIEGLER_2019 as ZIEGLER
 from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL, from_text
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 
 STEPS = 100
 

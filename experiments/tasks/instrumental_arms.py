@@ -20,7 +20,7 @@ from rlhf_jax.objectives import distill, mle, quark, reinforce, weighted_regress
 from rlhf_jax.objectives.distill import distill_vocab
 from rlhf_jax.objectives.quark import quark_vocab
 from rlhf_jax.optimizer import adam
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.selection import best_rows, with_score
 from tasks import avoidance, predictable

@@ -10,7 +10,8 @@ import numpy as np
 
 from rlhf_jax import measure
 from rlhf_jax.data.drawn import one_prompt
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.study import Trained
 from rlhf_jax.types import Rollout

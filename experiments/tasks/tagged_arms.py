@@ -26,7 +26,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.returns_to_go import returns_to_go
 from rlhf_jax.rewards import KL
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.selection import above, with_score
 from rlhf_jax.study import Settings, Train
 from tasks import tagged, tagged_exact

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import chdtrc, rel_entr, xlogy
 
-from rlhf_jax.rollout import log_probabilities
+from rlhf_jax.sampling import log_probabilities
 from rlhf_jax.types import Params, Prompts
 
 

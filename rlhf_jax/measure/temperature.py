@@ -19,7 +19,8 @@ from scipy.optimize import brentq
 from rlhf_jax import exact
 from rlhf_jax.measure.divergence import Divergence, sampled_divergence
 from rlhf_jax.measure.estimate import Estimate
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
 from rlhf_jax.types import Params, Prompts, Rollout
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.cache import attention as cached_attention
-from rlhf_jax.models.cache import placed, written
+from rlhf_jax.models.cache import grown, placed, written
 from rlhf_jax.sharding import gather_columns, split_rows
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
                 new.append(own)
             pairs = tuple(new)
         if cache is not None:
-            cache = cache._replace(used=used + tokens.shape[1], layers=pairs)
+            cache = grown(cache, tokens.shape[1], pairs)
 
         hidden = _Norm(c, name="final_norm")(hidden)
         if self.is_initializing():

@@ -18,9 +18,13 @@ from rlhf_jax.sharding import split_rows
 
 
 class Cache(NamedTuple):
-    """Entries 0 … `used` − 1 of each row are written; `layers` is one pair a layer, or stacked."""
+    """What a row remembers; `layers` is one pair a layer, or stacked.
 
-    used: Int[Array, ""]
+    The entry behind the last is `first`: what was written longest ago is written over.
+    """
+
+    used: Int[Array, ""]  # the entry that is written next
+    first: Int[Array, ""]
     places: Int[Array, "b s"]  # of each entry's token in its text; −1: no token
     layers: Any  # keys [b, kv_heads, head_dim, s] and values [b, kv_heads, s, head_dim]
 
@@ -35,7 +39,8 @@ def empty(rows: int, length: int, *, layers: int, heads: int, size: int, dtype, 
         return split_rows((keys, values), axis=len(ahead))
 
     places = split_rows(jnp.full((rows, length), -1, jnp.int32))
-    return Cache(jnp.int32(0), places, pair() if stacked else tuple(pair() for _ in range(layers)))
+    kept = pair() if stacked else tuple(pair() for _ in range(layers))
+    return Cache(jnp.int32(0), jnp.int32(0), places, kept)
 
 
 def placed(cache: Cache, positions: Int[Array, "b t"]) -> Cache:
@@ -66,6 +71,64 @@ def written(
     values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, used, 0))
     read = jax.lax.dynamic_index_in_dim
     return (keys, values), read(keys, layer, keepdims=False), read(values, layer, keepdims=False)
+
+
+def grown(cache: Cache, tokens: int, layers: Any) -> Cache:
+    """The cache behind so many tokens more."""
+    used, end = cache.used + tokens, cache.places.shape[1]
+    return cache._replace(used=jnp.where(used + tokens > end, cache.first, used), layers=layers)
+
+
+def room(cache: Any, prompt: int, capacity: int) -> int:
+    """Length of a cache whose rows `inserted` can put into this one."""
+    return prompt if isinstance(cache, Cache) else capacity
+
+
+def repeated(cache: Any, times: int) -> Any:
+    """Every row `times` times in a row."""
+    return _map(lambda x: jnp.repeat(x, times, axis=0), cache) if times > 1 else cache
+
+
+def inserted(cache: Any, part: Any, rows: Int[Array, "g r"] | None = None) -> Any:
+    """Rows that forget what they held and hold what `part` does, in their first entries.
+
+    `rows` None: all of them, and the next entries are those behind. Else those of each of g equal
+    groups of rows, numbered within the group; a number out of range is no row.
+    """
+    if not isinstance(cache, Cache) and rows is None:
+        return part
+
+    def put(x, new):
+        block = tuple(slice(0, n) for n in new.shape[1:])
+        if rows is None:
+            return x.at[(slice(None), *block)].set(new)
+        g, r = rows.shape
+
+        def each(x, new, rows):
+            return x.at[(rows, *block)].set(new, mode="drop")
+
+        split = x.reshape(g, -1, *x.shape[1:]), new.reshape(g, r, *new.shape[1:])
+        return jax.vmap(each)(*split, rows).reshape(x.shape)
+
+    if not isinstance(cache, Cache):
+        return jax.tree.map(put, cache, part)
+    length = part.places.shape[1]
+    behind = ((0, 0), (0, cache.places.shape[1] - length))
+    wide = jnp.pad(part.places, behind, constant_values=-1)
+    found = _map(put, cache, part._replace(places=wide))
+    if rows is None:
+        found = found._replace(used=jnp.int32(length), first=jnp.int32(length))
+    return found
+
+
+def _map(fn, cache: Any, *others: Any) -> Any:
+    """`fn` of arrays whose first axis is the rows."""
+    if not isinstance(cache, Cache):
+        return jax.tree.map(fn, cache, *others)
+    over = fn if isinstance(cache.layers[0], tuple) else jax.vmap(fn)  # stacked: layers in front
+    layers = jax.tree.map(over, cache.layers, *(other.layers for other in others))
+    places = fn(cache.places, *(other.places for other in others))
+    return cache._replace(places=places, layers=layers)
 
 
 def attention(

@@ -1,0 +1,99 @@
+"""Slots that take the next prompt when a text ends: the same samples for fewer steps."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import toys
+from numpy.testing import assert_allclose, assert_array_equal
+from toy_environments import JUMPS, names_of
+
+from rlhf_jax import sharding
+from rlhf_jax.rollout import generate
+from rlhf_jax.sampling import Sampling
+from rlhf_jax.types import Prompts
+
+ROWS, LENGTH = 32, 12
+STOP = Sampling(stop=(5, 9, 11))  # of 32 tokens: texts of about ten
+
+
+def queue(samples=1):
+    """Prompts of 1 to 4 tokens, each `samples` times in a row."""
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 5, ROWS).astype(np.int32)
+    tokens = np.where(np.arange(4) < length[:, None], rng.integers(1, 32, (ROWS, 4)), 0)
+    shared = np.arange(ROWS) // samples * samples
+    name = np.arange(ROWS, dtype=np.int32)
+    return Prompts(tokens[shared].astype(np.int32), length[shared], shared, name - shared)
+
+
+@partial(jax.jit, static_argnames=("model", "slots", "samples"))
+def say(params, prompts, *, model, slots=None, samples=1):
+    return generate(
+        params, prompts, jax.random.key(3), model=model, length=LENGTH, sampling=STOP, pad=0,
+        slots=slots, samples=samples,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(model, params):
+    return jax.device_get(say(params, queue(), model=model))
+
+
+def assert_same(found, expected):
+    found = jax.device_get(found)
+    for name in ("tokens", "mask", "segments", "ended", "prompt_id", "sample_id"):
+        assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    for name in ("logp", "behaviour_logp", "earned"):
+        assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("slots", [1, 6, 16])
+def test_samples_are_those_of_plain_generation_however_many_slots(model, params, plain, slots):
+    found = say(params, queue(), model=model, slots=slots)
+    assert_same(found, plain)
+    written = plain.mask.sum()
+    # Every slot writes in every step but the last ones, and those in which it waits for a wave.
+    assert written / slots <= found.steps.max() <= written / slots + 2 * LENGTH
+    assert plain.steps.max() <= LENGTH < found.steps.max()
+
+
+def test_so_do_layers_that_are_scanned_and_a_sliding_window(model, params):
+    odd = replace(model, scan=True, window=3, local_layers=(True, False))
+    stacked = toys.weights(odd)
+    expected = jax.device_get(say(stacked, queue(), model=odd))
+    assert_same(say(stacked, queue(), model=odd, slots=6), expected)
+
+
+def test_prompts_that_several_samples_share_are_read_once(model, params):
+    expected = jax.device_get(say(params, queue(4), model=model))
+    assert len({tuple(row) for row in expected.tokens}) == ROWS  # samples differ
+    assert_same(say(params, queue(4), model=model, samples=4), expected)
+    assert_same(say(params, queue(4), model=model, slots=8, samples=4), expected)
+
+
+def test_slots_of_a_mesh_keep_to_their_own_prompts(model, params, plain):
+    """Four parts of the rows: no array of texts crosses the mesh inside the loop."""
+    mesh = sharding.make_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(queue(), sharding.rows(mesh))
+        made = jax.jit(say, static_argnames=("model", "slots"), out_shardings=sharding.rows(mesh))
+        assert_same(made(params, rows, model=model, slots=8), plain)
+
+
+def test_an_environment_answers_in_slots_too():
+    @partial(jax.jit, static_argnames="slots")
+    def run(prompts, slots):
+        return generate(
+            toys.chain(20), prompts, jax.random.key(0), model=toys.Table(20), length=4,
+            sampling=Sampling(stop=(-1,)), pad=9, environment=JUMPS, slots=slots,
+        )  # fmt: skip
+
+    assert_same(run(names_of(), 4), jax.device_get(run(names_of(), None)))
+
+
+def test_slots_that_do_not_fit_are_refused(model, params):
+    with pytest.raises(ValueError, match=r"6 slots for 32 texts.*4 samples.*try 8 slots"):
+        say(params, queue(4), model=model, slots=6, samples=4)
