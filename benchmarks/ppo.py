@@ -42,20 +42,22 @@ class Random(Transformer):
     mean: float | None = None
 
     def init(self, key):
-        """Matrices of standard deviation 0.02; embeddings share a direction, END has more of it."""
+        """GPT-2's scales; with `mean` embeddings share a direction, of which END has more."""
         flat = weights.flat(super().init(key))
         for own, name in zip(jax.random.split(key, len(flat)), sorted(flat), strict=True):
             if name.endswith(("/kernel", "/embedding")):
-                flat[name] = 0.02 * jax.random.normal(own, flat[name].shape, flat[name].dtype)
+                writes = name.endswith(("out/kernel", "down/kernel"))  # into the residual stream
+                scale = 0.02 / math.sqrt(2 * self.layers) if writes else 0.02
+                flat[name] = scale * jax.random.normal(own, flat[name].shape, flat[name].dtype)
         params = weights.nested(flat)
         if self.mean is None:
             return params
         # The stream is then mostly this direction, and its norm after the last layer √width: END's
         # logit exceeds the others by `more`, whatever the text.
-        table = params["embed"]["embedding"] + 0.2
+        table = params["embed"]["embedding"] + 1.0
         spread = 0.02**2 * self.width / 2  # log E exp of a logit of variance 0.02² width
         more = math.log(self.vocab / (self.mean - 1)) + spread
-        return params | {"embed": {"embedding": table.at[END].add(more / self.width)}}
+        return params | {"embed": {"embedding": table.at[END].set(1.0 + more / self.width)}}
 
 
 SIZES = {
