@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from rlhf_jax.check_models import check_directories
 from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
-from rlhf_jax.models import pretrained, weights
+from rlhf_jax.models import weights
 from rlhf_jax.objectives.presets import Variant
 from rlhf_jax.rollout import check_slots
 from rlhf_jax.sharding import mesh_shape
@@ -38,7 +39,7 @@ def check(config: Config, *, devices: int) -> None:
                 f"frozen.{name}: no learner {frozen.start.learner!r} to take the model of; valid: "
                 f"{', '.join(config.learners)}, or give model="
             )
-    _check_directories(config)
+    check_directories(config)
     known = set(config.models)
 
     def exists(name, valid, where):
@@ -83,19 +84,6 @@ def check(config: Config, *, devices: int) -> None:
         _check_rollouts(config, config.rollouts, exists)
     _check_tags(config)
     _check_batches(config, devices)
-
-
-def _check_directories(config):
-    """Weights in directories of Hugging Face: all there, and of the model's shapes."""
-    for kind in ("learners", "frozen"):
-        for name, one in getattr(config, kind).items():
-            path = one.start.path if one.start is not None else None
-            if path is None or not pretrained.is_directory(path):
-                continue
-            try:
-                pretrained.load(path, config.models[name])
-            except ValueError as error:
-                raise ConfigError(f"{kind}.{name}.start: {error}") from error
 
 
 def _check_base(config, name, learner):

@@ -99,6 +99,8 @@ def sample_model(
         lazy = pretrained.load(path, model)
         tokenizer = tokenizers.load(path)
         talk = chats.load(path) if chat else None
+        fit = {"vocab": model.vocab, "model": str(path)}
+        tokenizers.check_fits(tokenizer if talk is None else talk, path, **fit)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -125,6 +127,11 @@ def _said(model, params, ids, tokenizer, sampling, given, count, length, seed) -
         )
     if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or count < 1 or length < 1:
         raise ConfigError("needs 0 < top_p ≤ 1, top_k ≥ 0, count ≥ 1 and length ≥ 1")
+    if (largest := max(max(i, default=0) for i in ids)) >= model.vocab:
+        raise ConfigError(
+            f"the tokenizer does not fit the model: a prompt holds token {largest}, and the "
+            f"embedding has {model.vocab} rows"
+        )
     longest = max(len(i) for i in ids)
     if longest + length > model.context:
         raise ConfigError(

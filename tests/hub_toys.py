@@ -37,7 +37,7 @@ CONFIGS = {
     },
     "gpt2": {
         "model_type": "gpt2", "vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4,
-        "n_positions": 128,
+        "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2,
     },
     "neox": {"model_type": "gpt_neox", **NEOX, "rotary_pct": 0.5},
     "neox, one after the other": {

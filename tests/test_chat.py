@@ -133,3 +133,19 @@ def test_tokens_and_mask_are_those_of_transformers(tmp_path):
     found = chat.load(path).encode(TALK)
     assert found.ids == list(expected["input_ids"])
     assert [int(x) for x in found.mask] == list(expected["assistant_masks"])
+
+
+def test_a_special_token_counts_where_a_template_writes_it(tmp_path):
+    """Texts end at 260, stops at 263; what nobody says may lie outside a model's embedding."""
+    path = directory(tmp_path, image_token="<image>", tool_token="<tool>")
+    base = tokenizers.byte_base()
+    names = [*SPECIALS, "<image>", "<tool>"]
+    base.add_special_tokens([tokenizers.library.AddedToken(t, special=True) for t in names])
+    base.save(str(path / "tokenizer.json"))
+    assert tokenizers.load(path).largest == chat.load(path).largest == 263
+    assert chat.load(path, template=CHATML + "<image>").largest == 264
+    talk = chat.load(path, template=CHATML + "{{ tool_token }}")
+    assert talk.largest == 265
+    tokenizers.check_fits(talk, path, vocab=266, model="policy")
+    with pytest.raises(DataError, match=r"ids up to 265 \('<tool>'\), and the embedding has 265"):
+        tokenizers.check_fits(talk, path, vocab=265, model="policy")

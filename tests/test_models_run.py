@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import host_scores
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 from hub_toys import CONFIGS
 from numpy.testing import assert_array_equal
-from test_chat import directory
+from test_chat import CHATML, SPECIALS, directory
 from test_pretrained import lively
 
-from rlhf_jax import cli
-from rlhf_jax.data import snippets, vader
-from rlhf_jax.models import families, pretrained
+from rlhf_jax import cli, train
+from rlhf_jax.check_models import check_directories
+from rlhf_jax.config import ConfigError
+from rlhf_jax.data import snippets, streams, tokenizers, vader
+from rlhf_jax.experiment import load
+from rlhf_jax.models import families, pretrained, weights
 from rlhf_jax.models.exporting import export
 
 PPO = Path(__file__).parent.parent / "experiments" / "models" / "ppo.py"
@@ -22,21 +27,24 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 TEXTS = [{"text": f"the film is {word} and more"} for word in ("good", "bad", "fine", "odd")] * 4
 
 
-@pytest.fixture
-def hub(tmp_path):
+def made(tmp_path, vocab=264):
     """A tiny Llama with a tokenizer of bytes."""
-    config = {**CONFIGS["llama"], "vocab_size": 264, "num_hidden_layers": 2}
-    made = tmp_path / "origin"
-    made.mkdir()
-    directory(made)
-    (made / "config.json").write_text(json.dumps(config))
+    config = {**CONFIGS["llama"], "vocab_size": vocab, "num_hidden_layers": 2}
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    directory(origin)
+    (origin / "config.json").write_text(json.dumps(config))
     model = families.read(config)[1]
     params = lively(model)
     for name in ("embed", "head"):
         for leaf in params[name]:
             params[name][leaf] *= 0.05
-    export(tmp_path / "whole", model, params, origin=made)
-    return tmp_path / "whole"
+    return export(tmp_path / "whole", model, params, origin=origin)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return made(tmp_path)
 
 
 def test_a_directory_is_trained_sampled_and_handed_back(hub, tmp_path, monkeypatch, capsys):
@@ -64,21 +72,92 @@ def test_a_directory_is_trained_sampled_and_handed_back(hub, tmp_path, monkeypat
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    "spoil, says",
-    [
-        (lambda hub: (hub / "config.json").unlink(), "cannot read .*config.json"),
-        (lambda hub: (hub / "model.safetensors").unlink(), r"holds 0 \.safetensors files"),
-        (lambda hub: (hub / "tokenizer.json").unlink(), "no tokenizer file"),
-    ],
-)
+def edit(hub, name="config.json", **changes):
+    found = json.loads((hub / name).read_text())
+    (hub / name).write_text(json.dumps({**found, **changes}))
+
+
+def cut(hub):
+    file = hub / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def nothing_is_compiled(monkeypatch):
+    """Or even read: to build the programs, and to fill weights, are errors of another kind."""
+    monkeypatch.setattr(train, "build", None)
+    monkeypatch.setattr(weights, "fill", None)
+
+
+SPOILED = {
+    "no config": (lambda hub: (hub / "config.json").unlink(), "cannot read .*config.json"),
+    "half a config": (
+        lambda hub: (hub / "config.json").write_text("{"), "config.json is not valid.*again"
+    ),
+    "no weights": (
+        lambda hub: (hub / "model.safetensors").unlink(), r"holds 0 \.safetensors files"
+    ),
+    "a truncated file": (cut, r"model\.safetensors is not a complete .*download it again"),
+    "another's config": (
+        lambda hub: edit(hub, hidden_size=64),
+        r"not those of its config\.json:\n.*embedding is \(264, 32\); config.json says \(264, 64\)",
+    ),
+    "an unknown model": (
+        lambda hub: edit(hub, model_type="mamba"),
+        r"config\.json: model_type 'mamba' is not supported; valid: llama",
+    ),
+    "text for a number": (
+        lambda hub: edit(hub, hidden_size="32"), "does a field hold text where a number is meant"
+    ),
+    "an end outside": (
+        lambda hub: edit(hub, eos_token_id=[2, 264]),
+        r"config\.json says eos_token_id=264, and tokens are 0 to 263; correct it",
+    ),
+    "no tokenizer": (lambda hub: (hub / "tokenizer.json").unlink(), "no tokenizer file"),
+    "another end outside": (
+        lambda hub: edit(hub, "generation_config.json", eos_token_id=[262, 300]),
+        r"does not fit .* ids up to 300 \(which generation_config.json says ends texts\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, says", SPOILED.values(), ids=SPOILED)
 def test_a_directory_that_is_not_whole_is_refused_before_anything_is_compiled(
-    hub, tmp_path, capsys, spoil, says
+    hub, tmp_path, capsys, monkeypatch, spoil, says
 ):
     spoil(hub)
-    command = ["train", str(PPO), "--out", str(tmp_path / "run"), "--set", f"model.path={hub}"]
-    assert cli.main(command) != 0
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
+    nothing_is_compiled(monkeypatch)
+    setting = ["--set", f"model.path={hub}", "--set", "rows=16"]
+    commands = [["show", str(PPO), *setting], ["sample", str(hub), "--chat", "--prompt", "a"]]
+    commands.append(["train", str(PPO), "--out", str(tmp_path / "run"), *setting])
+    for command in commands[0 if (hub / "config.json").is_file() else 2 :]:
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "Traceback" not in error
+        assert re.search(says, error, re.DOTALL), error
 
-    assert re.search(says, error)
+
+@pytest.mark.parametrize("vocab", [200, 263], ids=["for texts", "for an end"])
+def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(
+    tmp_path, capsys, monkeypatch, vocab
+):
+    path = made(tmp_path, vocab)
+    nothing_is_compiled(monkeypatch)
+    says = rf"tokenizer of {path} does not fit the model of .* ids up to 263 .*{vocab} rows"
+    train = ["train", str(PPO), "--out", str(tmp_path / "run"), "--set", "rows=16"]
+    for command in ([*train, "--set", f"model.path={path}"], ["sample", str(path)]):
+        assert cli.main(command) == 2
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_the_special_tokens_of_a_streams_chats_are_looked_at_too(hub):
+    base = tokenizers.byte_base()
+    names = [*SPECIALS, "<tool>"]  # 264: nobody's row, as long as nobody writes it
+    base.add_special_tokens([tokenizers.library.AddedToken(t, special=True) for t in names])
+    base.save(str(hub / "tokenizer.json"))
+    config = load(PPO, [f"model.path={hub}"])
+    check_directories(config)
+    talks = partial(streams.chat_prompts, tokenizer=hub, template=CHATML, batch=2, length=99)
+    check_directories(replace(config, data={"prompts": talks}))
+    talks = partial(talks, template=CHATML + "<tool>")
+    with pytest.raises(ConfigError, match=r"data\.prompts\.tokenizer: .* ids up to 264"):
+        check_directories(replace(config, data={"prompts": talks}))

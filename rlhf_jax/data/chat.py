@@ -46,6 +46,15 @@ class Chat:
     specials: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, for Jinja
     stops: tuple[int, ...] = ()
 
+    @property
+    def largest(self) -> int:
+        """Largest id of a chat: of its texts, or a special token's that the template writes."""
+        found = self.tokenizer
+        written = {x for name, x in self.specials.items() if name in self.template}
+        names = {i: found.base.id_to_token(i) for i in found.specials}
+        ids = [i for i, x in names.items() if x in written or x in self.template]
+        return max(found.largest, *ids)
+
     def render(self, messages: Sequence[Message], *, ask: bool = False, **variables: Any) -> str:
         """The chat as text; `ask` opens the assistant's next turn.
 

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as library
@@ -61,6 +62,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens, added ones included: the least `vocab` a model needs."""
         return max(self.base.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def largest(self) -> int:
+        """Largest id that a text becomes, or that begins, ends or pads one.
+
+        Other special tokens are left out: some files name one that their model has no row for.
+        """
+        ids = set(self.base.get_vocab(with_added_tokens=True).values()) - self.specials
+        return max(ids | {self.pad, self.bos, *self.stops})
 
     def id(self, token: str) -> int:
         """Number of a token by its name, e.g. of the control token `<good>`.
@@ -160,6 +170,24 @@ def _load(name, pad, bos, eos, add) -> Tokenizer:
     return Tokenizer(base, **found, stops=stops)
 
 
+def check_fits(found: Any, name: str | Path, *, vocab: int, model: str) -> None:
+    """Compare a tokenizer, or a `chat.Chat`, with the rows of an embedding.
+
+    Raises:
+        DataError: if the model has no row for a token.
+    """
+    if found.largest < vocab:
+        return
+    base = getattr(found, "tokenizer", found).base
+    token = base.id_to_token(found.largest)
+    what = "which generation_config.json says ends texts" if token is None else repr(token)
+    raise DataError(
+        f"the tokenizer of {name} does not fit the model of {model}: it makes ids up to "
+        f"{found.largest} ({what}), and the embedding has {vocab} rows, ids 0 to {vocab - 1} "
+        "(vocab_size in config.json); take tokenizer, config.json and weights of one model"
+    )
+
+
 def _of_model(folder: Path) -> tuple[dict[str, str | None], tuple[int, ...]]:
     """Roles of tokens in a folder of Hugging Face, and the ids that end what its model says."""
     found = [
@@ -184,7 +212,7 @@ def read_json(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error
+        raise DataError(f"{file} is not valid JSON: {error}; download it again") from error
 
 
 def _find(base: library.Tokenizer, role: str, name: str) -> str:

@@ -62,7 +62,7 @@ def config(path: str | Path) -> dict[str, Any]:
             "*.safetensors and tokenizer.json"
         ) from error
     except ValueError as error:
-        raise PretrainedError(f"{file} is not valid JSON: {error}") from error
+        raise PretrainedError(f"{file} is not valid JSON: {error}; download it again") from error
     if not isinstance(found, dict):
         raise PretrainedError(f"{file} must hold an object, not {type(found).__name__}")
     return found
@@ -98,7 +98,9 @@ class Files:
             try:
                 found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError, TypeError) as error:
-                raise PretrainedError(f"{index} is not a safetensors index: {error!r}") from error
+                raise PretrainedError(
+                    f"{index} is not a safetensors index: {error!r}; download it again"
+                ) from error
             if missing := sorted({f for f in found.values() if not (self.path / f).is_file()}):
                 raise PretrainedError(
                     f"{index} names files that are not there: {', '.join(missing)}; download the "
@@ -237,6 +239,7 @@ def load(path: str | Path, model: Transformer) -> Params:
             f"the weights in {files.path} are not those of its config.json:\n  "
             + "\n  ".join(wrong[:30])
             + (f"\n  and {len(wrong) - 30} more" if len(wrong) > 30 else "")
+            + "\nis config.json of another model, or a file not whole? Download the directory again"
         )
     return weights.nested(_stacked(flat, model.layers) if model.scan else flat)
 

@@ -36,13 +36,24 @@ def read(config: Mapping[str, Any]) -> tuple[str, Transformer]:
     except (TypeError, KeyError, ValueError) as error:
         if isinstance(error, FamilyError):
             raise FamilyError(f"{kind}: {error}") from error
-        raise FamilyError(f"{kind}: config.json cannot be read: {error!r}") from error
+        raise FamilyError(
+            f"{kind}: config.json cannot be read: {error!r}; does a field hold text where a number "
+            "is meant?"
+        ) from error
     if left := fields.unread():
         shown = ", ".join(f"{name}={value!r}" for name, value in left.items())
         raise FamilyError(
             f"{kind}: config.json has fields that are not known here and may change the numbers: "
             f"{shown}; if they change none, take them out of the file"
         )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = config.get(name)
+        for i in given if isinstance(given, list) else [] if given is None else [given]:
+            if not (isinstance(i, int) and -1 <= i < model.vocab):  # old files: -1 for none
+                raise FamilyError(
+                    f"{kind}: config.json says {name}={i!r}, and tokens are 0 to "
+                    f"{model.vocab - 1}; correct it, or vocab_size, or make it null"
+                )
     return kind, model
 
 
