@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -200,12 +200,17 @@ class Checkpoints:
 
 
 def restore_params(
-    run: Any, learner: str, *, step: int | None = None, target: Params | None = None
+    run: Any,
+    learner: str,
+    *,
+    step: int | None = None,
+    target: Params | Callable[[Params], Params] | None = None,
 ) -> Params:
     """One learner's weights from a run's checkpoint, and nothing else of it.
 
     Without `target` they are numpy arrays on the host; with one they get its shardings, and its
-    dtypes if those differ. `run` is a run's directory; `step` None means the latest.
+    dtypes if those differ. A function makes the target of the shapes that are stored, or of some.
+    `run` is a run's directory; `step` None means the latest.
 
     Raises:
         CheckpointError: if there is no such checkpoint or learner, or it is damaged or misfits.

@@ -58,10 +58,15 @@ def phase_key(seed: int, step: int, phase: str) -> Array:
 
 
 def init_learner(key: Array, *, learner: Learner) -> LearnerState:
-    """Fresh weights, empty moments, zero counters."""
+    """A learner with fresh weights."""
     params = learner.model.init(key)
     if learner.base is not None:
         params = weights.trained(params, learner.trains)
+    return learner_state(params, learner=learner)
+
+
+def learner_state(params: Params, *, learner: Learner) -> LearnerState:
+    """Weights with empty moments and zero counters."""
     step, skipped, row = (
         jnp.zeros((), jnp.int32) for _ in range(3)
     )  # each its own buffer: donated

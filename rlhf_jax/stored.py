@@ -39,7 +39,10 @@ def read(path: epath.Path, target: Any) -> Any:
 
 
 def part(path: epath.Path, inside: tuple[str, ...], target: Any = None) -> Any:
-    """One subtree, nothing else read: numpy without a target, else its shardings and dtypes."""
+    """One subtree, nothing else read: numpy without a target, else its shardings and dtypes.
+
+    A function as target makes one of the shapes there, or of some of them: the rest is not read.
+    """
     with reading(path):
         saved, found = about(path), _stored(path)
         for depth, name in enumerate(inside):
@@ -49,6 +52,10 @@ def part(path: epath.Path, inside: tuple[str, ...], target: Any = None) -> Any:
                     f"valid there: {', '.join(sorted(found))}"
                 )
             found = found[name]
+    if callable(target):
+        target = target(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found))
+        found = _within(found, target)
+    with reading(path):
         if target is None:
             target = jax.tree.map(lambda x: np.zeros((), x.dtype), found)
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
@@ -68,6 +75,13 @@ def part(path: epath.Path, inside: tuple[str, ...], target: Any = None) -> Any:
             prefix = "/".join(inside) + "/"
             _check_digests({prefix + k: v for k, v in digests(tree).items()}, saved["digests"])
     return tree
+
+
+def _within(tree: Any, other: Any) -> Any:
+    """The part of nested dicts that another tree has, too."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {name: _within(x, other[name]) for name, x in tree.items() if name in other}
 
 
 def about(path: epath.Path) -> dict[str, Any]:

@@ -70,16 +70,12 @@ def merged(base: Params, own: Params) -> Params:
     return found
 
 
-def fill(target: Params, source: Params, *, origin: str) -> Params:
-    """`target` with the leaves of `source`, in the target's dtypes and shardings.
-
-    Heads and terms of low rank may be missing on either side: a critic starts from a policy with a
-    fresh value head. A source may hold anything that is indexed like an array.
+def check_fits(target: Params, source: Params, *, origin: str) -> None:
+    """Compare two trees by paths and shapes; heads and terms of low rank may be missing in either.
 
     Raises:
         ValueError: listing every other leaf that is missing, extra or of another shape.
     """
-
     wanted, given = flat(target), flat(source)
 
     def optional(name):
@@ -95,6 +91,20 @@ def fill(target: Params, source: Params, *, origin: str) -> Params:
     ]
     if wrong:
         raise ValueError(f"the weights of {origin} do not fit the model:\n  " + "\n  ".join(wrong))
+
+
+def fill(target: Params, source: Params, *, origin: str) -> Params:
+    """`target` with the leaves of `source`, in the target's dtypes and shardings.
+
+    A leaf that only the target has stays what it is: a critic starts from a policy with a fresh
+    value head. The target's leaves may be shapes with shardings, and a source may hold anything
+    that is indexed like an array: each device reads its own part.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    check_fits(target, source, origin=origin)
+    given = flat(source)
 
     def one(path, leaf):
         found = given.get(path_name(path))

@@ -77,13 +77,21 @@ class Together:
         # Run once: what compiles fastest is best.
         state = jax.jit(start, compiler_options={"xla_backend_optimization_level": 0})(self.seeds)
 
-        def fresh(model):  # to be filled; heads that a frozen tree's source lacks are 0
-            shapes = jax.eval_shape(model.init, jax.random.key(0))
+        state = self._place(state)
+
+        def blank(name):  # heads that a frozen tree's source lacks are 0
+            if name in state.learners:
+                return state.learners[name].params
+            shapes = jax.eval_shape(config.models[name].init, jax.random.key(0))
             zeros = jax.tree.map(lambda x: np.zeros((self.count, *x.shape), x.dtype), shapes)
             return self._place(jax.tree.map(jnp.asarray, zeros))
 
+        def finish(name, params):
+            learner = state.learners.get(name)
+            return params if learner is None else learner.replace(params=params)
+
         self.state, self.frozen = filled(
-            config, self._place(state), stages, fresh=fresh, each=jax.vmap
+            config, state, stages, blank=blank, finish=finish, each=jax.vmap
         )
         program = jax.vmap(partial(_steps, config=config), in_axes=(0, 0, 0, None, None, None))
         self._program = jax.jit(program, donate_argnums=0)
