@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ __all__ = [
     "Checkpoints",
     "Preemption",
     "Stopped",
+    "opened_params",
     "restore_frozen",
     "restore_params",
 ]
@@ -199,12 +201,11 @@ class Checkpoints:
         return self.directory / str(step)
 
 
+Target = Params | Callable[[Params], Params] | None
+
+
 def restore_params(
-    run: Any,
-    learner: str,
-    *,
-    step: int | None = None,
-    target: Params | Callable[[Params], Params] | None = None,
+    run: Any, learner: str, *, step: int | None = None, target: Target = None
 ) -> Params:
     """One learner's weights from a run's checkpoint, and nothing else of it.
 
@@ -214,6 +215,15 @@ def restore_params(
 
     Raises:
         CheckpointError: if there is no such checkpoint or learner, or it is damaged or misfits.
+    """
+    return opened_params(run, learner, step=step)(target)
+
+
+def opened_params(run: Any, learner: str, *, step: int | None = None) -> Callable[[Target], Params]:
+    """`restore_params` of the step that is found now, as a function of the target: part by part.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
     """
     directory = epath.Path(run) / "checkpoints"
     if not directory.is_dir():
@@ -226,16 +236,16 @@ def restore_params(
         if step is None:
             raise CheckpointError(f"{directory} holds no complete checkpoint yet")
         path = checkpoints._exists(step)
-    return stored.part(path, ("learners", learner, "params"), target)
+    return partial(stored.part, path, ("learners", learner, "params"))
 
 
-def restore_frozen(run: Any, name: str) -> Params:
-    """One frozen tree of a run's checkpoints, as numpy arrays on the host.
+def restore_frozen(run: Any, name: str, *, target: Target = None) -> Params:
+    """One frozen tree of a run's checkpoints, as `restore_params` has it.
 
     Raises:
         CheckpointError: if there is none of that name, or it is damaged.
     """
-    return stored.part(epath.Path(run) / "checkpoints" / FROZEN, (name,))
+    return stored.part(epath.Path(run) / "checkpoints" / FROZEN, (name,), target)
 
 
 def _items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax import step as steps
-from rlhf_jax.checkpoint import restore_frozen, restore_params
-from rlhf_jax.config import Config, ConfigError
+from rlhf_jax.checkpoint import opened_params, restore_frozen, restore_params
+from rlhf_jax.config import Config, ConfigError, Learner
 from rlhf_jax.data import chat as chats
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import exporting, pretrained, weights
@@ -27,12 +28,23 @@ def learner_params(config: Config, directory: Path, name: str, at: int | None = 
     Raises:
         ConfigError: if there is no such learner.
     """
+    base = _known(config, name).base
+    own = restore_params(directory, name, step=at, target=here)
+    if base is None:
+        return own
+    return weights.merged(restore_frozen(directory, base, target=here), own)
+
+
+def _known(config: Config, name: str) -> Learner:
     if name not in config.learners:
         raise ConfigError(f"no learner {name!r}; valid: {', '.join(config.learners)}")
-    own, base = restore_params(directory, name, step=at), config.learners[name].base
-    if base is not None:
-        own = weights.merged(restore_frozen(directory, base), own)
-    return jax.tree.map(jnp.asarray, own)
+    return config.learners[name]
+
+
+def here(shapes: Params) -> Params:
+    """These shapes, whole on the first device."""
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
 
 
 def sample_texts(
@@ -104,9 +116,7 @@ def sample_model(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes)
-    params = weights.fill(shapes, lazy, origin=str(path))
+    params = weights.fill(here(shapes), lazy, origin=str(path))
     if talk is None:
         ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts]
     else:
@@ -163,11 +173,14 @@ def export(
     dtype: str | None = None,
     adapter: bool = False,
     origin: str | Path | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Path:
     """One learner's weights as a directory of Hugging Face, or its adapter alone for PEFT.
 
-    `origin`, a directory of Hugging Face, gives config.json and tokenizer; None: the one that the
-    run names as a start. Without any, the tokenizer.json of the run is copied.
+    The checkpoint is read one kind of matrix at a time, each spread over `devices` (None: all, of
+    all processes), so that neither a device nor a host holds the model. `origin`, a directory of
+    Hugging Face, gives config.json and tokenizer; None: the one that the run names as a start.
+    Without any, the tokenizer.json of the run is copied.
 
     Raises:
         ConfigError: if no family of Hugging Face computes this model, or it has no adapter.
@@ -177,7 +190,7 @@ def export(
         raise ConfigError(f"--dtype {dtype}: valid are float32, bfloat16, float16")
     if any(out.glob("*")) and not (out / "config.json").is_file() and not adapter:
         raise ConfigError(f"{out} is not empty and holds no model; choose another --out")
-    params = learner_params(config, directory, learner, step)
+    params = _leaves(config, directory, learner, step, devices)
     model = config.learners[learner].model
     if origin is None:
         starts = [*config.learners.values(), *config.frozen.values()]
@@ -189,9 +202,25 @@ def export(
         exporting.export(out, model, params, origin=origin, dtype=dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if origin is None:
+    if origin is None and jax.process_index() == 0:
         tokenizers.load(config.tokenizer).base.save(str(out / "tokenizer.json"))
     return out
+
+
+def _leaves(config: Config, directory: Path, learner: str, step: int | None, devices):
+    """A function that reads some of a learner's weights, and of its base's, by their paths."""
+    base = _known(config, learner).base
+    own = opened_params(directory, learner, step=step)
+
+    def read(names):
+        def some(shapes):
+            kept = {name: x for name, x in weights.flat(shapes).items() if name in names}
+            return sharding.spread(weights.nested(kept), devices)
+
+        found = {} if base is None else restore_frozen(directory, base, target=some)
+        return weights.flat(found) | weights.flat(own(some))
+
+    return read
 
 
 def evaluate_checkpoint(config: Config, directory: Path) -> dict[str, float]:
@@ -209,7 +238,7 @@ def evaluate_checkpoint(config: Config, directory: Path) -> dict[str, float]:
         others = {
             other: learner_params(config, directory, other)
             if other in config.learners
-            else restore_frozen(directory, other)
+            else restore_frozen(directory, other, target=here)
             for other in learner.others
         }
         run = jax.jit(partial(steps.evaluate, learner=learner, models=config.models))

@@ -119,6 +119,23 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def spread(tree: Any, devices: Sequence | None = None) -> Any:
+    """Shapes with shardings that no table needs to know: the longest axis over all devices.
+
+    An array of which no axis divides is whole on each.
+    """
+    mesh = make_mesh((1, -1, 1), devices)
+
+    def one(leaf):
+        fits = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        longest = max(fits, key=lambda axis: leaf.shape[axis], default=None)
+        found = P() if longest is None else P(*(None,) * longest, "fsdp")
+        found = NamedSharding(mesh, found)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found)
+
+    return jax.tree.map(one, tree)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """How a batch is split: its leading axis over data and fsdp."""
     return NamedSharding(mesh, ROWS)

@@ -55,6 +55,8 @@ def part(path: epath.Path, inside: tuple[str, ...], target: Any = None) -> Any:
     if callable(target):
         target = target(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found))
         found = _within(found, target)
+        if not jax.tree.leaves(found):
+            return {}
     with reading(path):
         if target is None:
             target = jax.tree.map(lambda x: np.zeros((), x.dtype), found)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from rlhf_jax.models import weights
-from rlhf_jax.models.families import FAMILIES, HARMLESS, Family, FamilyError, says, write
+from rlhf_jax.models.families import FAMILIES, HARMLESS, Family, FamilyError, Names, says, write
 from rlhf_jax.models.pretrained import INDEX, PretrainedError, config, entries
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Params
 
+# Leaves by their paths, those of the given paths that there are.
+Read = Callable[[Collection[str]], Mapping[str, Any]]
 TOKENS = (  # what belongs to the text side of a model, copied as it is
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -30,7 +34,7 @@ TOKENS = (  # what belongs to the text side of a model, copied as it is
 def export(
     out: str | Path,
     model: Transformer,
-    params: Params,
+    params: Params | Read,
     *,
     origin: str | Path | None = None,
     dtype: str | None = None,
@@ -38,10 +42,12 @@ def export(
 ) -> Path:
     """Write a model as transformers reads it: config.json, shards with their index, tokenizer.
 
-    One tensor at a time is gathered, so that a model larger than the host's memory can be written;
-    a shard of `shard_bytes` is. `origin`, a directory of Hugging Face, gives the family, what its
-    config.json says beside the numbers, the tokenizer, and the dtype if `dtype` is None. Terms of
-    low rank are added to their matrices. A value head stays out: transformers has no such head.
+    `params` is a tree of arrays, or reads some of its leaves when asked. One tensor at a time is
+    gathered, so that a model larger than the host's memory can be written; a shard of `shard_bytes`
+    is. Of several processes, all of which call this, the first writes. `origin`, a directory of
+    Hugging Face, gives the family, what its config.json says beside the numbers, the tokenizer, and
+    the dtype if `dtype` is None. Terms of low rank are added to their matrices. A value head stays
+    out: transformers has no such head.
 
     Raises:
         PretrainedError: if no family computes this model, or the disk refuses.
@@ -57,21 +63,25 @@ def export(
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     made = {k: v for k, v in made.items() if k != "torch_dtype"} | {"dtype": dtype}
     family = FAMILIES[made["model_type"]]
-    flat = weights.flat(params)
+    tensors = _tensors(family, model, _reader(params), stored)
+    if jax.process_index() != 0:
+        for _ in tensors:  # each takes part in gathering
+            pass
+        return _written(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_shards(out, _tensors(family, model, flat, stored), shard_bytes)
+        write_shards(out, tensors, shard_bytes)
         (out / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         for name in TOKENS if origin is not None else ():
             if (file := Path(origin).expanduser() / name).is_file():
                 shutil.copyfile(file, out / name)
     except OSError as error:
         raise PretrainedError(f"cannot write to {out}: {error.strerror}") from error
-    return out
+    return _written(out)
 
 
 def export_adapter(
-    out: str | Path, model: Transformer, params: Params, *, origin: str | Path | None = None
+    out: str | Path, model: Transformer, params: Params | Read, *, origin: str | Path | None = None
 ) -> Path:
     """Write the terms of low rank alone, as PEFT reads them beside the base model in `origin`.
 
@@ -86,12 +96,10 @@ def export_adapter(
         kind = (given or write(model))["model_type"]
     except FamilyError as error:
         raise PretrainedError(str(error)) from error
-    flat, found, targets = weights.flat(params), {}, set()
-    for entry, names in entries(FAMILIES[kind], model.layers):
-        stems = [name.removesuffix("kernel") for name in names if name.endswith("/kernel")]
-        terms = [
-            (_part(flat, s + "lora_a", model), _part(flat, s + "lora_b", model)) for s in stems
-        ]
+    found, targets = {}, set()
+    for entry, names, leaves in _groups(FAMILIES[kind], model, _reader(params)):
+        pairs = [_terms(name, model) for name in names]
+        terms = [[_part(leaves, term, model) for term in pair] for pair in pairs if pair]
         if all(down is None for down, _ in terms):
             continue
         if len(terms) > 1:
@@ -115,6 +123,8 @@ def export_adapter(
         "fan_in_fan_out": kind == "gpt2",
         "target_modules": sorted(targets),
     }
+    if jax.process_index() != 0:
+        return _written(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(found, str(out / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -122,6 +132,13 @@ def export_adapter(
         (out / "adapter_config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise PretrainedError(f"cannot write to {out}: {error.strerror}") from error
+    return _written(out)
+
+
+def _written(out: Path) -> Path:
+    """Where all processes go on once the first has written."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"written: {out}")
     return out
 
 
@@ -131,52 +148,88 @@ def _made(model: Transformer, given: Mapping[str, Any]) -> dict[str, Any]:
     return kept | write(model, given.get("model_type"))
 
 
+def _reader(params: Params | Read) -> Read:
+    if callable(params):
+        return params
+    flat = weights.flat(params)
+    return lambda names: {name: flat[name] for name in names if name in flat}
+
+
 def _host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this process's host."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
+        bits = x.view(f"uint{8 * x.dtype.itemsize}")  # what goes between processes as integers...
+        return multihost_utils.process_allgather(bits, tiled=True).view(x.dtype)  # ...stays as is
     return np.asarray(x)
 
 
-def _part(flat: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
+def _stored(name: str, model: Transformer) -> str:
+    """The path of an array as the model has it: scanned layers are one."""
+    return re.sub(r"^layers_\d+/", "layers/", name) if model.scan else name
+
+
+def _terms(name: str, model: Transformer) -> list[str]:
+    """The paths of a matrix's terms of low rank, if it may have some."""
+    stem = name.removesuffix("/kernel")
+    low = model.lora is not None and stem != name
+    return [f"{stem}/lora_a", f"{stem}/lora_b"] if low else []
+
+
+def _part(found: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
     """One of our arrays on the host, of scanned layers too; None if there is none."""
-    layer = re.match(r"layers_(\d+)/", name)
+    x, layer = found.get(_stored(name, model)), re.match(r"layers_(\d+)/", name)
+    if x is None:
+        return None
     if model.scan and layer:
-        stacked = flat.get(re.sub(r"^layers_\d+/", "layers/", name))
-        return None if stacked is None else _host(stacked[int(layer[1])])
-    return None if name not in flat else _host(flat[name])
+        return _host(x[int(layer[1])])
+    # A copy: an array keeps what it once brought to the host, and these may be the user's own.
+    return _host(jnp.copy(x) if isinstance(x, jax.Array) else x)
 
 
-def _whole(flat: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
+def _whole(found: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
     """The same with its term of low rank."""
-    found, stem = _part(flat, name, model), name.removesuffix("kernel")
-    if found is None or model.lora is None or stem == name:
-        return found
-    down, up = _part(flat, f"{stem}lora_a", model), _part(flat, f"{stem}lora_b", model)
-    if down is None:
-        return found
-    return found + np.float32(model.lora.alpha / model.lora.rank) * (down @ up)
+    x = _part(found, name, model)
+    terms = [_part(found, term, model) for term in _terms(name, model)]
+    if x is None or not terms or terms[0] is None:
+        return x
+    return x + np.float32(model.lora.alpha / model.lora.rank) * (terms[0] @ terms[1])
 
 
-def _tensors(family: Family, model: Transformer, flat, dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _groups(family: Family, model: Transformer, read: Read) -> Iterator[tuple[Names, tuple, dict]]:
+    """Tensors of a file, the leaves of ours that they hold, and the arrays of these leaves.
+
+    What is one tensor of every layer is read at once, and is all that is held at a time.
+    """
+    for kind in family.names:
+        these = list(entries(replace(family, names=(kind,)), model.layers))
+        leaves = [leaf for _, names in these for leaf in names]
+        leaves += [term for leaf in leaves for term in _terms(leaf, model)]
+        found = read({_stored(leaf, model) for leaf in leaves})
+        for entry, names in these:
+            yield entry, names, found
+
+
+def _tensors(
+    family: Family, model: Transformer, read: Read, dtype
+) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of a file, in its order."""
-    for entry, names in entries(family, model.layers):
+    for entry, names, found in _groups(family, model, read):
         if entry.tensor == "lm_head.weight" and model.tied:
             continue
-        parts = [_whole(flat, name, model) for name in names]
+        parts = [_whole(found, name, model) for name in names]
         if any(part is None for part in parts):
             continue
         if entry.layout == "transposed":
-            found = parts[0].T
+            made = parts[0].T
         elif entry.layout == "columns":
-            found = np.concatenate(parts, axis=-1)
+            made = np.concatenate(parts, axis=-1)
         elif entry.layout == "interleaved":
             heads = [p.T.reshape(model.heads, 1, model.size_of_head, -1) for p in parts]
-            found = np.concatenate(heads, axis=1).reshape(3 * parts[0].shape[-1], -1)
-            found = found if parts[0].ndim == 2 else found[:, 0]
+            made = np.concatenate(heads, axis=1).reshape(3 * parts[0].shape[-1], -1)
+            made = made if parts[0].ndim == 2 else made[:, 0]
         else:
-            found = parts[0]
-        yield entry.tensor, np.ascontiguousarray(found.astype(dtype))
+            made = parts[0]
+        yield entry.tensor, np.ascontiguousarray(made.astype(dtype))
 
 
 def write_shards(out: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
