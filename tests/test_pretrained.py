@@ -97,7 +97,7 @@ def test_half_precision_goes_through_float32_and_back_bit_for_bit(tmp_path):
     export(tmp_path / "again", model, params, origin=path)  # its dtype, without being asked
     for name in pretrained.Files(path).where:
         one, other = (pretrained.Files(p).tensor(name) for p in (path, tmp_path / "again"))
-        assert one.get_dtype() == other.get_dtype() == "BF16"
+        assert one.dtype == other.dtype == "BF16"
         assert_array_equal(one[:].view(np.uint16), other[:].view(np.uint16))
 
 

@@ -38,7 +38,7 @@ def export(
     *,
     origin: str | Path | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 4 * 2**30,
+    shard_bytes: int = 2 * 2**30,
 ) -> Path:
     """Write a model as transformers reads it: config.json, shards with their index, tokenizer.
 
@@ -158,8 +158,7 @@ def _reader(params: Params | Read) -> Read:
 def _host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this process's host."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        bits = x.view(f"uint{8 * x.dtype.itemsize}")  # what goes between processes as integers...
-        return multihost_utils.process_allgather(bits, tiled=True).view(x.dtype)  # ...stays as is
+        x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 

@@ -10,14 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.models import weights
 from rlhf_jax.models.families import (
@@ -28,17 +26,14 @@ from rlhf_jax.models.families import (
     Names,
     read,
 )
+from rlhf_jax.models.tensor_files import INDEX as INDEX
+from rlhf_jax.models.tensor_files import Files, PretrainedError, Tensor
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Params
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
 }  # fmt: skip
-INDEX = "model.safetensors.index.json"
-
-
-class PretrainedError(ValueError):
-    """A directory that does not hold a whole model; the message says what is wrong where."""
 
 
 def is_directory(path: str | Path) -> bool:
@@ -83,68 +78,11 @@ def model(path: str | Path, **changes: Any) -> Transformer:
 # -------------------------------------------------------------------------------------- reading
 
 
-class Files:
-    """Tensors of a directory's safetensors files, opened when they are asked for."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
-        self._open: dict[str, Any] = {}
-
-    @cached_property
-    def where(self) -> dict[str, str]:
-        """The file of every tensor."""
-        index = self.path / INDEX
-        if index.is_file():
-            try:
-                found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise PretrainedError(
-                    f"{index} is not a safetensors index: {error!r}; download it again"
-                ) from error
-            if missing := sorted({f for f in found.values() if not (self.path / f).is_file()}):
-                raise PretrainedError(
-                    f"{index} names files that are not there: {', '.join(missing)}; download the "
-                    "rest of the model"
-                )
-            return found
-        names = sorted(file.name for file in self.path.glob("*.safetensors"))
-        if len(names) != 1:
-            raise PretrainedError(
-                f"{self.path} holds {len(names)} .safetensors files and no {INDEX}: "
-                + (
-                    "one file or an index is needed"
-                    if names
-                    else "weights in another format? transformers' save_pretrained writes these"
-                )
-            )
-        return dict.fromkeys(self._file(names[0]).keys(), names[0])
-
-    def _file(self, name: str):
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.path / name, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise PretrainedError(
-                    f"{self.path / name} is not a complete .safetensors file ({error}); download it"
-                    " again"
-                ) from error
-        return self._open[name]
-
-    def tensor(self, name: str):
-        """A tensor that is read where it is indexed."""
-        try:
-            return self._file(self.where[name]).get_slice(name)
-        except SafetensorError as error:
-            raise PretrainedError(
-                f"{self.path / self.where[name]} has no tensor {name!r}, which {INDEX} says it has"
-            ) from error
-
-
 @dataclass(frozen=True)
 class Leaf:
     """One of our arrays in a file: `leaf[index]` reads that part of it and no more."""
 
-    tensor: Any  # of Files
+    tensor: Tensor
     layout: str
     part: int  # which of the leaves that share the tensor
     shape: tuple[int, ...]
@@ -173,7 +111,7 @@ class Leaf:
         return self._read(*rows, out)
 
     def _read(self, *bounds: tuple[int, int]) -> np.ndarray:
-        return np.asarray(self.tensor[tuple(slice(*b) for b in bounds)])
+        return self.tensor[tuple(slice(*b) for b in bounds)]
 
 
 @dataclass(frozen=True)
@@ -218,9 +156,9 @@ def load(path: str | Path, model: Transformer) -> Params:
             continue
         known.add(tensor)
         found = files.tensor(tensor)
-        shape = tuple(found.get_shape())
-        if found.get_dtype() not in DTYPES:
-            wrong.append(f"{tensor} is {found.get_dtype()}; valid: {', '.join(DTYPES)}")
+        shape = found.shape
+        if found.dtype not in DTYPES:
+            wrong.append(f"{tensor} is {found.dtype}; valid: {', '.join(DTYPES)}")
             continue
         for part, leaf in enumerate(names):
             ours = _ours(shape, entry.layout, len(names))
