@@ -30,6 +30,11 @@ def always(step: int) -> bool:
     return True
 
 
+def never(step: int) -> bool:
+    """Learn at no step: weights over a `base` that are only read."""
+    return False
+
+
 def every(step: int, *, n: int, offset: int = 0) -> bool:
     """Learn at every n-th step."""
     return step % n == offset % n

@@ -30,7 +30,7 @@ class RewardError(ValueError):
 
 
 @functools.cache
-def shared(score: Callable[[str], float], workers: int | None) -> Pool:
+def shared(score: Callable[..., float], workers: int | None) -> Pool:
     """The one pool for this function, started when first used and closed at exit."""
     return Pool(score, workers if workers is not None else min(16, os.cpu_count() or 1))
 
@@ -38,18 +38,24 @@ def shared(score: Callable[[str], float], workers: int | None) -> Pool:
 class Pool:
     """Processes that call `score(text)`; whatever goes wrong is a RewardError naming the text."""
 
-    def __init__(self, score: Callable[[str], float], workers: int):
+    def __init__(self, score: Callable[..., float], workers: int):
         if workers < 1:
             raise ValueError(f"workers={workers}: a pool needs at least 1")
         self.score, self.workers = score, workers
-        self.name = getattr(score, "__qualname__", None) or repr(score)
+        self.name = getattr(_inner(score), "__qualname__", None) or repr(score)
         self._alive = {}  # connection -> process
         atexit.register(self.close)
 
     def map(
-        self, texts: Sequence[str], *, timeout: float, names: Sequence[int] | None = None
+        self,
+        texts: Sequence[str | tuple],
+        *,
+        timeout: float,
+        names: Sequence[int] | None = None,
     ) -> list[float]:
         """One finite number per text, each within `timeout` seconds of being begun.
+
+        A text in a tuple comes with more arguments for the function.
 
         Raises:
             RewardError: for the first text that fails; `names` are the row numbers to show.
@@ -127,9 +133,7 @@ class Pool:
                 )
 
     def _payload(self):
-        inner = self.score
-        while isinstance(inner, functools.partial):
-            inner = inner.func
+        inner = _inner(self.score)
         reason = "it is defined in the script that runs, not in a module"
         if getattr(inner, "__module__", None) != "__main__":
             try:
@@ -183,6 +187,12 @@ class Pool:
         self._alive.clear()
 
 
+def _inner(fn):
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn
+
+
 def serve(descriptor: int) -> None:
     """What a worker does: import the function, then answer texts until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -203,7 +213,7 @@ def serve(descriptor: int) -> None:
 
 def _scored(score, text):
     try:
-        value = score(text)
+        value = score(*text) if isinstance(text, tuple) else score(text)
     except Exception:
         return "raised", traceback.format_exc()
     is_number = hasattr(value, "__float__") and getattr(value, "shape", ()) == ()

@@ -124,15 +124,19 @@ class from_text:
     adds belongs to the token that it answers. Prefixes may end inside a word, which is scored as it
     stands; a score that only makes sense of finished texts is a poor potential. Costs one call of
     `score` for each token that changes the text.
+
+    With `by_prompt` it is `score(text, prompt_id)`, for answers that are right or wrong by what was
+    asked: the id is the prompt's place in its stream, whatever the batch, the process or a resume.
     """
 
-    score: Callable[[str], float]  # a function of a module: workers import it
+    score: Callable[..., float]  # a function of a module: workers import it
     decode: Callable[[Sequence[int]], str] | None = None  # token ids to text
     tokenizer: str | None = None  # or the tokenizer to decode with: a tokenizer.json, or "bytes"
     prompt: bool = True  # the text is prompt and response; False: the response alone
     timeout: float = 30.0  # seconds per sample; a worker's first one pays for what `score` loads
     workers: int | None = None  # None: one per core, at most 16
     dense: bool = False  # pay token by token; False: the whole score on the last masked token
+    by_prompt: bool = False  # the function is told which prompt the text answers, too
 
     on_host: ClassVar[bool] = True
 
@@ -154,9 +158,9 @@ class from_text:
                 texts[row, start] = decode(tokens[row, :end][used[row, :end]].tolist())
         # A token that leaves the text as it is (EOS) is not scored again.
         distinct = list(dict.fromkeys((row, text) for (row, _), text in texts.items()))
-        pool = hostpool.shared(self.score, self.workers)
+        pool, prompts = hostpool.shared(self.score, self.workers), np.asarray(rollout.prompt_id)
         found = pool.map(
-            [text for _, text in distinct],
+            [(text, int(prompts[row])) if self.by_prompt else text for row, text in distinct],
             timeout=self.timeout,
             names=[row for row, _ in distinct],
         )

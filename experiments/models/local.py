@@ -6,17 +6,25 @@ of low rank over one frozen copy of the directory's weights, or with rank 0 whol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf_jax.config import ConfigError, From, Frozen, Learner
+from rlhf_jax.config import ConfigError, From, Frozen, Learner, never
 from rlhf_jax.data import tokenizers
 from rlhf_jax.models import pretrained
 from rlhf_jax.models.transformer import Lora, Transformer
+from rlhf_jax.objectives import mle
 from rlhf_jax.optimizer import adam
 from rlhf_jax.sampling import Sampling
+
+
+class Still(NamedTuple):
+    """Where models that never learn stand in a `Config`."""
+
+    learners: Mapping[str, Learner]
+    frozen: Mapping[str, Frozen]
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,12 @@ class Local:
         return replace(self.policy(), lm_head=False, value_head=True)
 
     def whole(self) -> Frozen:
-        """The directory's weights, never trained: a reference, and what adapters stand on."""
+        """The directory's weights, never trained."""
         return Frozen(From(path=self.path), self.base())
+
+    def shared(self, name: str) -> dict[str, Frozen]:
+        """What adapters stand on, if there are any."""
+        return {name: self.whole()} if self.rank else {}
 
     def learner(
         self,
@@ -75,6 +87,18 @@ class Local:
         else:
             where = {"start": start if start is not None else From(path=self.path)}
         return Learner(model, objective, optimizer=optimizer, **where, **rest)
+
+    def still(self, models: Mapping[str, tuple[Transformer, From]], *, base: str) -> Still:
+        """Models of earlier stages as they are: frozen, or adapters that no step changes."""
+        if not self.rank:
+            return Still(
+                {}, {name: Frozen(start, model) for name, (model, start) in models.items()}
+            )
+        held = {
+            name: self.learner(model, mle, updates=1, base=base, start=start, when=never)
+            for name, (model, start) in models.items()
+        }
+        return Still(held, {})
 
     def sampling(self) -> Sampling:
         """Temperature 1, ended by the tokens that end a text or a turn."""

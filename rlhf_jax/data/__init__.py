@@ -5,7 +5,10 @@ snippets    parse, clean and split them; rows for the streams
 builder     the same as a TFDS data set, without TensorFlow; rows of any TFDS directory
 tokenizers  any `tokenizer.json`, and a byte tokenizer
 vader       the VADER score of a text, and the lexicon's marks on its tokens
-streams     text, prompts, pairs: shuffled, repeated, sharded, resumable
+reasoning   tasks whose answers a program checks, from reasoning-gym
+streams     text, chats, prompts, pairs: batches without end
+endless     the order of their rows: shuffled, repeated, sharded, resumable
+packing     whole texts put together in one row
 """
 
 import os

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhf_jax.data import DataError
+from rlhf_jax.data.endless import check_shard
 from rlhf_jax.types import Labeled, Prompts, Sequences
 
 
@@ -29,12 +29,7 @@ def drawn(
     `salt` keeps apart two streams of one run that draw with the same function. A study whose seeds
     train in one program calls `draw` inside it, with the same keys.
     """
-    index, count = shard
-    if batch % count:
-        raise DataError(
-            f"batch={batch} does not divide over {count} processes; "
-            f"use a multiple of {count}, such as {-(-batch // count) * count}"
-        )
+    index, count = check_shard(shard, batch)
     mine = slice(index * batch // count, (index + 1) * batch // count)
     source = grain.MapDataset.source(_Drawn(jax.jit(partial(draw, rows=batch)), seed, salt, mine))
     return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))

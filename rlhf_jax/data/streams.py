@@ -1,24 +1,24 @@
 """Batches without end: text, prompts and pairs; shuffled, repeated, sharded, resumable.
 
 A stream is a function `(*, seed, shard, ...) -> grain.IterDataset`. Row g of the endless sequence
-(g // n epochs over n sentences, each in its own order) is decided by the seed and g alone; batch s
-is the rows s·batch .. (s+1)·batch − 1, and process i of k reads the i-th of k equal slices of it.
-So every global batch is the same, in the same order, whatever the number of processes, and the
-whole state of an iterator is one integer: `get_state()` and `set_state()` resume exactly.
+is decided by the seed and g alone (`endless.py`); batch s is the rows s·batch .. (s+1)·batch − 1,
+and process i of k reads the i-th of k equal slices of it. So every global batch is the same, in the
+same order, whatever the number of processes, and the whole state of an iterator is one integer:
+`get_state()` and `set_state()` resume exactly.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 
 from rlhf_jax.data import DataError, chat, snippets, tokenizers, vader
+from rlhf_jax.data.endless import at_least, endless
+from rlhf_jax.data.packing import packed
 from rlhf_jax.data.pairing import Partners, one_rater_each, same_part
 from rlhf_jax.types import Labeled, Pairs, Prompts
 
@@ -53,7 +53,7 @@ def text(
     where there is none, and everywhere if `marks` is None (needed offline: the lexicon is fetched).
     """
     encode = tokenizers.load(tokenizer)
-    _at_least(length, 2, "length")
+    at_least(length, 2, "length")
 
     def row(record, _) -> Labeled:
         written = _text(record, field)
@@ -70,8 +70,8 @@ def text(
 
     if marks is not None:
         marks("", ())  # so that a missing network is reported here and not inside a thread
-    records, row = _packed(_rows(source), row, length) if pack else (_rows(source), row)
-    return _stream(records, row, seed=seed, shard=shard, batch=batch)
+    records, row = packed(_rows(source), row, length) if pack else (_rows(source), row)
+    return endless(records, row, seed=seed, shard=shard, batch=batch)
 
 
 def prompts(
@@ -96,7 +96,7 @@ def prompts(
         DataError: while iterating, showing the prompt that does not fit.
     """
     encode = tokenizers.load(tokenizer)
-    _at_least(length, 1, "length")
+    at_least(length, 1, "length")
     low, high = words
     if not 0 <= low <= high:
         raise DataError(f"words={words}: needs 0 ≤ fewest ≤ most")
@@ -115,7 +115,7 @@ def prompts(
         tokens, _, segments = _row(ids, length, encode.pad)
         return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
 
-    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
+    return endless(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
 
 
 def chats(
@@ -138,7 +138,7 @@ def chats(
         DataError: while iterating, for messages that the template refuses.
     """
     talk = chat.load(tokenizer, template=template)
-    _at_least(length, 2, "length")
+    at_least(length, 2, "length")
 
     def row(record, _) -> Labeled:
         ids, said = talk.encode(_messages(record))
@@ -150,8 +150,8 @@ def chats(
             score=np.float32(_get(record, "score", 0.0)),
         )  # fmt: skip
 
-    records, row = _packed(_rows(source), row, length) if pack else (_rows(source), row)
-    return _stream(records, row, seed=seed, shard=shard, batch=batch)
+    records, row = packed(_rows(source), row, length) if pack else (_rows(source), row)
+    return endless(records, row, seed=seed, shard=shard, batch=batch)
 
 
 def chat_prompts(
@@ -163,8 +163,12 @@ def chat_prompts(
     tokenizer: str | Path,
     source: Source,
     template: str | None = None,
+    shuffle: bool = True,
 ) -> grain.IterDataset:
     """`Prompts`: chats up to where the assistant is to speak. Rows are those of `chats`.
+
+    `prompt_id` is the row's place in the stream; without `shuffle` that is the place in `source`,
+    counted on where it begins again, which tells a reward whose answer it reads.
 
     Raises:
         DataError: while iterating, for a chat of more than `length` tokens.
@@ -184,7 +188,8 @@ def chat_prompts(
         tokens, _, segments = _row(ids, length, talk.tokenizer.pad)
         return Prompts(tokens, np.int32(segments.sum()), np.int32(0), np.int32(0))
 
-    return _stream(_rows(source), row, seed=seed, shard=shard, batch=batch, number=_number)
+    order = {"number": _number, "shuffle": shuffle}
+    return endless(_rows(source), row, seed=seed, shard=shard, batch=batch, **order)
 
 
 def episodes(*, seed: int, shard: tuple[int, int], batch: int) -> grain.IterDataset:
@@ -196,7 +201,7 @@ def episodes(*, seed: int, shard: tuple[int, int], batch: int) -> grain.IterData
     def row(record, _) -> Prompts:
         return Prompts(np.zeros(1, np.int32), np.int32(1), np.int32(0), np.int32(0))
 
-    return _stream(range(1), row, seed=seed, shard=shard, batch=batch, number=_number)
+    return endless(range(1), row, seed=seed, shard=shard, batch=batch, number=_number)
 
 
 def pairs(
@@ -221,7 +226,7 @@ def pairs(
     of one two-word prompt.
     """
     encode = tokenizers.load(tokenizer)
-    _at_least(length, 2, "length")
+    at_least(length, 2, "length")
     partners = Partners(_rows(source), gap=gap, group=group, field=field)
 
     def row(place: int, rng: np.random.Generator) -> Pairs:
@@ -235,106 +240,14 @@ def pairs(
         tokens, mask, segments = (np.stack(x) for x in zip(*both, strict=True))
         return Pairs(tokens=tokens, mask=mask, segments=segments)
 
-    return _stream(range(len(partners)), row, seed=seed, shard=shard, batch=batch)
+    return endless(range(len(partners)), row, seed=seed, shard=shard, batch=batch)
 
 
-# ------------------------------------------------------------------------------------ the machinery
-
-
-def _stream(records, row, *, seed, shard, batch, number=None) -> grain.IterDataset:
-    """Shuffle, repeat, make rows, take this process's slices, batch. `row(record, rng) -> tree`."""
-    index, count = shard
-    if not 0 <= index < count:
-        raise DataError(f"shard={shard}: needs 0 ≤ index < count")
-    _at_least(batch, 1, "batch")
-    if batch % count:
-        raise DataError(
-            f"batch={batch} does not divide over {count} processes; "
-            f"use a multiple of {count}, such as {-(-batch // count) * count}"
-        )
-    if not 0 <= seed < 2**32:
-        raise DataError(f"seed={seed}: must be at least 0 and below 2**32")
-    if len(records) >= 1000:
-        rows = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(row)
-    else:  # grain finds a row's place among few by trial: 2 ms for 23 rows, 300 ms for 2
-        rows = grain.MapDataset.source(_Epochs(records, seed)).seed(seed).random_map(row)
-    if number is not None:
-        rows = rows.map_with_index(number)
-    mine = grain.MapDataset.source(_Slices(rows, batch=batch, index=index, count=count))
-    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=_stack)
-    # One thread and a few batches ahead: rows are cheap, and the device needs the host's cores.
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-
-
-def _packed(records: Rows, row: Callable, length: int):
-    """Records put together so that each lot fits a row (best fit, longest first), and its row."""
-    sizes = [int(row(record, None).segments.sum()) for record in records]
-    room: list[list[list[int]]] = [[] for _ in range(length + 1)]  # lots by what is left in them
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        left = next((r for r in range(sizes[i], length) if room[r]), length)
-        lot = room[left].pop() if room[left] else []
-        room[left - sizes[i]].append([*lot, i])
-
-    def one(lot, rng) -> Labeled:
-        parts = [row(records[i], rng) for i in lot]
-
-        def joined(name):
-            used = [getattr(part, name)[part.segments > 0] for part in parts]
-            end = getattr(parts[-1], name)[parts[-1].segments == 0]  # padding
-            return np.concatenate([*used, np.resize(end, length)])[:length]
-
-        filled = np.concatenate([np.full(sizes[i], n) for n, i in enumerate(lot, 1)])
-        segments = np.zeros(length, np.int32)
-        segments[: len(filled)] = filled
-        names = ("tokens", "mask", "token_score")
-        return Labeled(
-            **{name: joined(name) for name in names}, segments=segments, score=np.float32(0.0)
-        )
-
-    return [tuple(lot) for lots in room for lot in lots], one
+# ----------------------------------------------------------------------------------- rows, records
 
 
 def _number(place: int, prompt: Prompts) -> Prompts:
     return prompt.replace(prompt_id=np.int32(place % 2**31))
-
-
-class _Epochs:
-    """Few records, endlessly, each epoch in an order of its own."""
-
-    def __init__(self, records: Rows, seed: int):
-        self.records, self.seed = records, seed
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, at: int):
-        epoch, place = divmod(int(at), len(self.records))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.records))
-        return self.records[int(order[place])]
-
-    def __repr__(self) -> str:
-        return f"{len(self.records)} records, shuffled and repeated"
-
-
-class _Slices:
-    """This process's rows, in order: its slice of batch 0, of batch 1, and so on."""
-
-    def __init__(self, rows, *, batch: int, index: int, count: int):
-        self.rows, self.batch, self.index, self.mine = rows, batch, index, batch // count
-
-    def __len__(self) -> int:
-        return sys.maxsize // self.batch * self.mine
-
-    def __getitem__(self, at: int):
-        step, place = divmod(int(at), self.mine)
-        return self.rows[step * self.batch + self.index * self.mine + place]
-
-    def __repr__(self) -> str:
-        return f"slice {self.index} of batches of {self.batch}"
-
-
-def _stack(rows):
-    return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
 def _row(ids: list[int], length: int, pad: int):
@@ -377,8 +290,3 @@ def _text(record: Mapping | str, field: str) -> str:
         raise DataError(f"rows have no field {field!r}; they have {', '.join(record)}")
     value = record[field]
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _at_least(value: int, least: int, name: str) -> None:
-    if value < least:
-        raise DataError(f"{name}={value}: must be at least {least}")
