@@ -72,3 +72,7 @@ def platform(text):
 
 def second_letter(text):
     return ord(text[1])
+
+
+def names_its_prompt(text, prompt_id):
+    return 100 * prompt_id + len(text)

@@ -125,6 +125,20 @@ def test_chats_stream_as_texts_whose_mask_is_what_was_said_and_as_prompts(tmp_pa
         next(iter(streams.chat_prompts(length=8, **given)))
 
 
+def test_unshuffled_prompts_keep_their_order_whatever_the_seed_and_name_their_row(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": x}]} for x in "abcde"]
+    given = {"batch": 4, "length": 48, "tokenizer": str(directory(tmp_path)), "source": rows}
+    asked = tokenizers.load(tmp_path)
+    for seed, shard in ((0, (0, 1)), (3, (0, 2)), (3, (1, 2))):
+        stream = iter(streams.chat_prompts(seed=seed, shard=shard, shuffle=False, **given))
+        for batch in (next(stream) for _ in range(4)):
+            for tokens, length, place in zip(
+                batch.tokens, batch.length, batch.prompt_id, strict=True
+            ):
+                content = rows[place % 5]["messages"][0]["content"]
+                assert asked.decode(tokens[:length]).split()[1] == content
+
+
 def test_tokens_and_mask_are_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     path = directory(tmp_path, MARKED)

@@ -75,6 +75,14 @@ def test_the_tokens_themselves_are_decoded_holes_and_all():
     assert shown == [[1, 3, 4, 3, 5, 2], [4, 5, 2]]
 
 
+def test_a_function_that_asks_for_it_is_told_the_prompt_that_a_text_answers():
+    named = AB.replace(prompt_id=jnp.array([7, 0, 2, 3]))
+    reward = text(host_scores.names_its_prompt, by_prompt=True)(named, {})
+    assert_array_equal(reward.sum(1), [703, 2, 0, 304])
+    with pytest.raises(RewardError, match=r"(?s)names_its_prompt raised .*'aba', 7"):
+        text(partial(host_scores.names_its_prompt, wrong=1), by_prompt=True)(named, {})
+
+
 def test_numbers_of_other_kinds_are_numbers():
     assert_array_equal(text(host_scores.fraction)(AB, {}).sum(1), [1.5, 1, 0, 2])
     assert_array_equal(text(host_scores.is_long)(AB, {}).sum(1), [0, 0, 0, 1])

@@ -143,7 +143,9 @@ class _Chats(Sequence):
         return len(self.entries)
 
     def __getitem__(self, at: int) -> Mapping:
-        return {"messages": [*self.before, _says("user", self.entries[at]["question"])]}
+        if not 0 <= at < len(self):
+            raise IndexError(at)  # the data set would go on for ever
+        return {"messages": [*self.before, _says("user", self.entries[int(at)]["question"])]}
 
     def __repr__(self) -> str:
         return f"{len(self)} questions"

@@ -1,0 +1,92 @@
+"""Computing in bfloat16: products in half, every softmax and all gradients in float32."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from numpy.testing import assert_allclose
+
+from rlhf_jax import masked
+from rlhf_jax.models.transformer import Lora
+from rlhf_jax.rollout import log_probabilities
+from rlhf_jax.score import score
+
+HALF = jnp.dtype("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return jax.tree.map(jnp.asarray, toys.labeled(4, 12))
+
+
+def loss(params, batch, model):
+    found = score({"self": params}, batch, models={"self": model})
+    return -masked.mean(found.logp, batch.mask), found
+
+
+@pytest.fixture(scope="module")
+def low(model):
+    """With an adapter, which has products of its own."""
+    return replace(model, lora=Lora(rank=2, alpha=4.0), value_head=False, scan=True)
+
+
+@pytest.fixture(scope="module")
+def outcome(low, batch):
+    """Scores and gradients in float32 and in bfloat16."""
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+    models = (low, replace(low, dtype="bfloat16"))
+    return [jax.device_get(run(toys.weights(low), batch, model)) for model in models]
+
+
+def test_bfloat16_moves_log_probabilities_by_hundredths_of_a_nat(outcome, batch):
+    exact, half = (said.logp[np.asarray(batch.mask)] for (_, said), _ in outcome)
+    assert half.dtype == np.float32
+    gap = np.abs(half - exact)
+    assert 1e-3 < gap.mean() < 0.05 and gap.max() < 0.25
+    assert exact.std() > 1.0  # of tokens as unlike as these
+
+
+def test_gradients_of_bfloat16_are_float32_and_point_where_those_of_float32_do(outcome):
+    exact, half = (grads for _, grads in outcome)
+    assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype("float32")}
+    one, other = (
+        np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in (exact, half)
+    )
+    assert one @ other > 0.99 * np.linalg.norm(one) * np.linalg.norm(other)
+    assert 1e-3 < np.linalg.norm(one - other) / np.linalg.norm(one) < 0.15
+
+
+def test_probabilities_of_bfloat16_add_up_as_only_float32_can(low):
+    half = replace(low, dtype="bfloat16")
+    hidden = jax.random.normal(jax.random.key(3), (8, half.width)).astype(HALF)
+    logits = half.logits(toys.weights(low), hidden)
+    total = jnp.exp(log_probabilities(logits, jnp.ones(8))).sum(-1)
+    assert_allclose(total, 1.0, atol=1e-5)  # a bfloat16 is off by up to 4e-3
+
+
+def equations(jaxpr):
+    """All of a program, however deep."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_a_bfloat16_model_multiplies_in_half_and_takes_every_softmax_in_float32(low, batch, scan):
+    half = replace(low, dtype="bfloat16", scan=scan)
+    program = jax.make_jaxpr(lambda tree: loss(tree, batch, half)[1].logp)(toys.weights(half))
+    products, exponentials = set(), set()
+    for equation in equations(program.jaxpr):
+        inputs = {x.aval.dtype for x in equation.invars}
+        products |= inputs if equation.primitive.name == "dot_general" else set()
+        exponentials |= inputs if equation.primitive.name == "exp" else set()
+    assert products == {HALF}
+    assert exponentials == {jnp.dtype("float32")}
