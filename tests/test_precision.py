@@ -30,7 +30,7 @@ def loss(params, batch, model):
 @pytest.fixture(scope="module")
 def low(model):
     """With an adapter, which has products of its own."""
-    return replace(model, lora=Lora(rank=2, alpha=4.0), value_head=False, scan=True)
+    return replace(model, lora=Lora(rank=2, alpha=0.5), value_head=False, scan=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_bfloat16_moves_log_probabilities_by_hundredths_of_a_nat(outcome, batch)
     exact, half = (said.logp[np.asarray(batch.mask)] for (_, said), _ in outcome)
     assert half.dtype == np.float32
     gap = np.abs(half - exact)
-    assert 1e-3 < gap.mean() < 0.05 and gap.max() < 0.25
+    assert 1e-3 < gap.mean() < 0.04 and gap.max() < 0.15
     assert exact.std() > 1.0  # of tokens as unlike as these
 
 
@@ -55,8 +55,8 @@ def test_gradients_of_bfloat16_are_float32_and_point_where_those_of_float32_do(o
     one, other = (
         np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in (exact, half)
     )
-    assert one @ other > 0.99 * np.linalg.norm(one) * np.linalg.norm(other)
-    assert 1e-3 < np.linalg.norm(one - other) / np.linalg.norm(one) < 0.15
+    assert one @ other > 0.999 * np.linalg.norm(one) * np.linalg.norm(other)
+    assert 1e-3 < np.linalg.norm(one - other) / np.linalg.norm(one) < 0.05
 
 
 def test_probabilities_of_bfloat16_add_up_as_only_float32_can(low):
