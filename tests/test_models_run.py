@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import host_scores
+import jax
 import numpy as np
 import pytest
 from hub_toys import CONFIGS
@@ -16,20 +17,26 @@ from test_pretrained import lively
 
 from rlhf_jax import cli, train
 from rlhf_jax.check_models import check_directories
+from rlhf_jax.checkpoint import restore_frozen, restore_params
 from rlhf_jax.config import ConfigError
 from rlhf_jax.data import snippets, streams, tokenizers, vader
 from rlhf_jax.experiment import load
 from rlhf_jax.models import families, pretrained, weights
 from rlhf_jax.models.exporting import export
 
-PPO = Path(__file__).parent.parent / "experiments" / "models" / "ppo.py"
+FOLDER = Path(__file__).parent.parent / "experiments" / "models"
+PPO, GRPO, CHAIN = (FOLDER / f"{name}.py" for name in ("ppo", "grpo", "chain"))
 pytestmark = pytest.mark.usefixtures("compiled_once")
-TEXTS = [{"text": f"the film is {word} and more"} for word in ("good", "bad", "fine", "odd")] * 4
+TEXTS = [
+    {"text": f"the {word} film is it {i}", "ratings": np.array([i % 4 - 2, i % 4]), "part": "movie"}
+    for i, word in enumerate(("bad", "odd", "fine", "good") * 4)
+]
 
 
 def made(tmp_path, vocab=264):
     """A tiny Llama with a tokenizer of bytes."""
-    config = {**CONFIGS["llama"], "vocab_size": vocab, "num_hidden_layers": 2}
+    sizes = {"vocab_size": vocab, "num_hidden_layers": 2, "max_position_embeddings": 320}
+    config = {**CONFIGS["llama"], **sizes}
     origin = tmp_path / "origin"
     origin.mkdir()
     directory(origin)
@@ -47,15 +54,22 @@ def hub(tmp_path):
     return made(tmp_path)
 
 
+def trained(file, out, *settings):
+    """Run an experiment; the metrics of its steps, of each stage that there is."""
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert cli.main(["train", str(file), "--out", str(out), *given]) == 0
+    found = {x.parent.name: x.read_text().splitlines() for x in out.rglob("metrics.jsonl")}
+    return {name: [json.loads(line) for line in lines] for name, lines in found.items()}
+
+
 def test_a_directory_is_trained_sampled_and_handed_back(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(snippets, "rows", lambda **_: TEXTS)
     monkeypatch.setattr(vader, "vader_compound", host_scores.second_letter)
     out = tmp_path / "run"
-    settings = [f"model.path={hub}", "model.rank=2", "steps=2", "rows=16", "rollouts.show=0",
-                "rollouts.length=6", "mesh.0=2", "mesh.1=2", "mesh.2=2"]  # fmt: skip
-    given = [part for setting in settings for part in ("--set", setting)]
-    assert cli.main(["train", str(PPO), "--out", str(out), *given]) == 0
-    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = trained(
+        PPO, out, f"model.path={hub}", "model.rank=2", "steps=2", "rows=16", "rollouts.show=0",
+        "rollouts.length=6", "mesh.0=2", "mesh.1=2", "mesh.2=2",
+    )["run"]  # fmt: skip
     assert len(rows) == 2 and abs(rows[0]["rollout/kl"]) < 1e-4
     assert cli.main(["sample", str(out), "--prompt", "the", "--count", "1", "--length", "4"]) == 0
     assert cli.main(["export", str(out), "--out", str(tmp_path / "back")]) == 0
@@ -161,3 +175,58 @@ def test_the_special_tokens_of_a_streams_chats_are_looked_at_too(hub):
     talks = partial(talks, template=CHATML + "<tool>")
     with pytest.raises(ConfigError, match=r"data\.prompts\.tokenizer: .* ids up to 264"):
         check_directories(replace(config, data={"prompts": talks}))
+
+
+@pytest.mark.parametrize("file", [PPO, GRPO, CHAIN], ids=lambda file: file.stem)
+def test_without_a_directory_an_experiment_asks_for_one(file, capsys):
+    assert cli.main(["show", str(file)]) == 2
+    assert "name a directory of Hugging Face: --set model.path=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file, rank", [(GRPO, 2), (CHAIN, 2), (CHAIN, 0)], ids=lambda x: getattr(x, "stem", x)
+)
+def test_an_experiment_is_sound_with_adapters_and_with_all_weights(hub, file, rank, capsys):
+    if file is GRPO:
+        pytest.importorskip("reasoning_gym")
+    given = ["--set", f"model.path={hub}", "--set", f"model.rank={rank}"]
+    assert cli.main(["show", str(file), *given]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "adapters"])
+def test_a_chain_hands_its_weights_on_and_holds_still_what_it_compares_with(
+    hub, tmp_path, monkeypatch, rank
+):
+    monkeypatch.setattr(snippets, "rows", lambda **_: TEXTS)
+    out = tmp_path / "run"
+    metrics = trained(
+        CHAIN, out, f"model.path={hub}", f"model.rank={rank}", "model.learning_rate=0.01",
+        "steps.sft=2", "steps.reward=2", "steps.ppo=2", "rows=16", "stages.ppo.rollouts.length=6",
+        "stages.ppo.rollouts.show=0",
+    )  # fmt: skip
+    assert [len(metrics[name]) for name in ("sft", "reward", "ppo")] == [2, 2, 2]
+    assert abs(metrics["ppo"][0]["rollout/kl"]) < 1e-4 < abs(metrics["ppo"][1]["rollout/kl"])
+    sft, reward = (
+        restore_params(out / stage, name) for stage, name in (("sft", "policy"), ("reward",) * 2)
+    )
+    for name, expected in (("reference", sft), ("reward", reward)):
+        found = restore_params if rank else restore_frozen
+        jax.tree.map(assert_array_equal, found(out / "ppo", name), expected)
+    policy = weights.flat(restore_params(out / "ppo", "policy"))
+    assert all((x != weights.flat(sft)[name]).any() for name, x in policy.items())
+    for stage in ("sft", "ppo"):
+        command = ["export", str(out), "--stage", stage, "--out", str(tmp_path / stage)]
+        assert cli.main([*command, "--origin", str(hub)]) == 0
+        assert pretrained.model(tmp_path / stage) == pretrained.model(hub)
+
+
+@pytest.mark.slow
+def test_answers_are_learned_from_by_groups(hub, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    rows = trained(
+        GRPO, tmp_path / "run", f"model.path={hub}", "model.rank=2", "steps=2", "rows=8",
+        "samples=2", "rollouts.length=6", "rollouts.show=0",
+    )["run"]  # fmt: skip
+    assert len(rows) == 2 and all(0 <= row["rollout/reward"] <= 1 for row in rows)
+    assert abs(rows[0]["rollout/kl"]) < 1e-4
