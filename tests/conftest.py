@@ -3,9 +3,10 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs here are tiny: nearly all of the time is LLVM's, and XLA's own passes run all the same.
+# Programs here are tiny: nearly all of the time is LLVM's and MLIR's, which are told to do little.
+# XLA's own passes run all the same.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     + os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
 )
