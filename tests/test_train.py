@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_sft
 
 from rlhf_jax import objectives, runs
 from rlhf_jax import train as loop
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
-from rlhf_jax.data import streams
 from rlhf_jax.experiment import load
 from rlhf_jax.hostpool import RewardError
 from rlhf_jax.optimizer import sgd
@@ -54,19 +55,30 @@ def log(out):
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
+KEPT = Checkpointing(every=1, keep=4)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Four steps without a stop: the state at the end, and its directory."""
     out = tmp_path_factory.mktemp("whole")
-    return train(smoke(steps=4), out), out
+    return train(smoke(steps=4, checkpoint=KEPT), out), out
+
+
+def stopped(whole, out, step):
+    """The directory of the run if it had been killed after that step's checkpoint."""
+    shutil.copytree(whole[1], out, dirs_exist_ok=True)
+    for later in range(step + 1, 5):
+        shutil.rmtree(out / "checkpoints" / str(later))
+    assert (out / "checkpoints" / str(step)).is_dir()
+    return out
 
 
 def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(whole, tmp_path):
     state, out = whole
-    train(smoke(steps=2), tmp_path)
-    resumed = train(smoke(steps=4), tmp_path, resume=True)
+    resumed = train(smoke(steps=4), stopped(whole, tmp_path, 2), resume=True)
     assert bits(resumed) == bits(state)
-    assert log(tmp_path)[-2:] == log(out)[-2:]
+    assert log(tmp_path) == log(out)
     assert [row["step"] for row in log(tmp_path)] == [0, 1, 2, 3]
 
 
@@ -76,15 +88,10 @@ def test_the_reward_model_learns_at_every_second_step_and_the_others_at_each(who
     assert steps == {"policy": 8, "critic": 8, "reward": 2}
 
 
-def test_another_seed_gives_another_run(whole, tmp_path):
-    train(smoke(steps=1, seed=1), tmp_path)
-    assert log(tmp_path)[0] != log(whole[1])[0]
-
-
 def test_a_run_resumes_on_another_mesh_from_the_same_bits(whole, tmp_path):
     state, _ = whole
-    train(smoke(steps=3), tmp_path)
-    resumed = train(replace(smoke(steps=4), mesh=(2, 2, 2)), tmp_path, resume=True)
+    config = replace(smoke(steps=4), mesh=(2, 2, 2))
+    resumed = train(config, stopped(whole, tmp_path, 3), resume=True)
     # The weights restored are the same bits; one step later only the order of sums differs.
     chex.assert_trees_all_close(
         jax.device_get(resumed.learners["reward"].params),
@@ -98,24 +105,24 @@ def test_a_run_resumes_on_another_mesh_from_the_same_bits(whole, tmp_path):
     )
 
 
-def test_resume_without_a_checkpoint_starts_at_0_and_says_so(whole, tmp_path, capsys):
-    train(smoke(steps=1), tmp_path, resume=True)
-    assert "no complete checkpoint" in capsys.readouterr().out
+def test_without_a_checkpoint_a_run_starts_at_0_and_another_seed_is_another_run(tmp_path, capsys):
+    for seed in (0, 1):
+        train(replace(toy_sft.config(1), seed=seed), tmp_path / str(seed), resume=True)
+        assert "no complete checkpoint" in capsys.readouterr().out
+    (one,), (other,) = log(tmp_path / "0"), log(tmp_path / "1")
+    assert one["step"] == other["step"] == 0 and one != other
 
 
 def _stuck(scores, batch):
-    terms = objectives.ppo(scores, batch)
+    terms = objectives.mle(scores, batch)
     return terms.replace(loss=terms.loss * jnp.inf)
 
 
-def test_non_finite_updates_stop_the_run_with_the_batch_dumped(whole, tmp_path):
-    config = smoke(steps=4)
-    learners = {**config.learners}
-    learners["policy"] = replace(learners["policy"], objective=_stuck)
-    with pytest.raises(RunError, match=r"updates in a row of 'policy'.*nonfinite_policy_step\d"):
-        train(replace(config, learners=learners, max_skipped=3), tmp_path)
-    (path,) = tmp_path.glob("nonfinite_policy_step*.npz")
-    assert "advantage" in np.load(path)
+def test_non_finite_updates_stop_the_run_with_the_batch_dumped(tmp_path):
+    config = replace(toy_sft.config(4, objective=_stuck), max_skipped=3)
+    with pytest.raises(RunError, match=r"3 updates in a row of 'policy'.*nonfinite_policy_step2"):
+        train(config, tmp_path)
+    assert np.load(tmp_path / "nonfinite_policy_step2.npz")["tokens"].shape == (8, 24)
 
 
 def _nan_reward(rollout, params):
@@ -154,53 +161,20 @@ def test_prompts_that_exceed_the_context_are_refused(tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
-    config = smoke(steps=1)
-    learner = config.learners["policy"]
-    small = replace(learner, model=replace(learner.model, vocab=64))
-    config = replace(
-        config,
-        learners={**config.learners, "policy": small},
-        rollouts=replace(config.rollouts, show=0),
-    )
+    small = replace(load(SMOKE).learners["policy"].model, vocab=64)
     with pytest.raises(RunError, match=r"vocabulary of 64.*does not fit"):
-        train(config, tmp_path)
+        train(toy_sft.config(1, model=small), tmp_path)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(whole, tmp_path):
     _, out = whole
-    config = smoke(steps=1)
-    learner = config.learners["policy"]
-    other = replace(
-        learner, model=replace(learner.model, width=64), start=From("policy", path=str(out))
-    )
-    config = replace(config, learners={**config.learners, "policy": other})
+    wide = replace(load(SMOKE).learners["policy"].model, width=64)
     with pytest.raises(ConfigError, match=r"shape: .*the model wants"):
-        train(config, tmp_path)
-
-
-def sft(steps, **learner) -> Config:
-    base = smoke()
-    text = partial(
-        streams.text,
-        batch=8,
-        length=24,
-        tokenizer="bytes",
-        source=[row["text"] for row in load_rows()],
-        marks=None,
-    )
-    learner = {"objective": objectives.mle, "batch": "text", **learner}
-    return Config(
-        name="sft",
-        steps=steps,
-        mesh=(1, 1, 1),
-        data={"text": text},
-        learners={"policy": Learner(base.learners["policy"].model, **learner)},
-        checkpoint=Checkpointing(every=10),
-    )
+        train(toy_sft.config(1, model=wide, start=From("policy", path=str(out))), tmp_path)
 
 
 def test_supervised_fine_tuning_needs_no_rollouts(tmp_path):
-    train(sft(3), tmp_path)
+    train(toy_sft.config(3), tmp_path)
     losses = [row["policy/loss"] for row in log(tmp_path)]
     assert losses[-1] < losses[0]
 
@@ -212,8 +186,8 @@ def test_a_pipelines_stage_starts_from_an_earlier_ones_weights_and_is_not_run_tw
     run_stages, ran = runs.run_stages, []
     still = partial(sgd, learning_rate=0.0)
     stages = {
-        "first": sft(2),
-        "second": sft(1, start=From("policy", stage="first"), optimizer=still),
+        "first": toy_sft.config(2),
+        "second": toy_sft.config(1, start=From("policy", stage="first"), optimizer=still),
         "third": lambda out: ran.append(out),
     }
     with pytest.raises(KeyboardInterrupt):
@@ -228,11 +202,6 @@ def test_a_pipelines_stage_starts_from_an_earlier_ones_weights_and_is_not_run_tw
 
 def _interrupted(out):
     raise KeyboardInterrupt
-
-
-def load_rows():
-    load(SMOKE)
-    return sys.modules["smoke"].ROWS
 
 
 def test_the_value_function_can_be_a_head_on_the_policys_trunk(tmp_path):
@@ -258,7 +227,13 @@ def test_the_value_function_can_be_a_head_on_the_policys_trunk(tmp_path):
 
 
 def command(*arguments, **options):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    """One device, and programs that an earlier command compiled."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf_jax", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -280,10 +255,10 @@ def wait_for_lines(path, n, process, seconds=120):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_from_its_last_checkpoint_and_repeats_no_step(how, whole, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_repeats_no_step(how, tmp_path):
     out = tmp_path / "run"
-    settings = ["--set", "mesh=(1,1,1)", "--set", "checkpoint.every=1"]
-    process = command("train", SMOKE, "--out", out, *settings, "--set", "steps=1000")
+    given = ("train", toy_sft.__file__, "--out", out, "--set", "checkpoint.every=1")
+    process = command(*given)
     wait_for_lines(out / "metrics.jsonl", 3, process)
     process.send_signal(how)
     text = process.communicate(timeout=120)[0]
@@ -293,9 +268,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_repeats_no_step(how, 
     saved = len(list((out / "checkpoints").glob("[0-9]*")))
     assert saved, text
     steps = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()) + 2
-    process = command(
-        "train", SMOKE, "--out", out, *settings, "--set", f"steps={steps}", "--resume"
-    )
+    process = command(*given, "--set", f"steps={steps}", "--resume")
     text = process.communicate(timeout=240)[0]
     assert process.returncode == 0, text
     rows = log(out)
