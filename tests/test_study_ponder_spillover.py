@@ -165,6 +165,7 @@ def trained(name, seeds=2):
         jax.tree.leaves(after), jax.tree.leaves(start), strict=True)]  # fmt: skip
 
 
+@pytest.mark.slow  # the smallest preset below shows it for one seed
 def test_leave_one_out_within_prompts_that_all_earn_the_same_changes_not_one_bit():
     assert max(trained("r1_loo")) == 0
 
