@@ -141,9 +141,10 @@ def test_the_reference_is_the_policy_before_it_learned(run):
     assert abs(rows[0]["rollout/kl"]) < 1e-5 < abs(rows[-1]["rollout/kl"])
 
 
-def test_what_is_resumed_is_what_was_trained_bit_for_bit(run):
+def test_what_is_resumed_is_what_was_trained_bit_for_bit(run, capsys):
     state, out, config = run
     resumed = loop.train(config, out, resume=True, devices=jax.devices()[:1])
+    assert "already at step 3" in capsys.readouterr().out
     jax.tree.map(assert_array_equal, jax.device_get(resumed), jax.device_get(state))
 
 
