@@ -212,6 +212,7 @@ def test_ten_points_more_change_no_expected_update_and_much_noise():
     assert_allclose(found["size_batch_mean"], found["size_none"] / 2, rtol=1e-4)
     assert_allclose(found["size_leave_one_out"], found["size_none"], rtol=1e-4)
     assert_allclose(found["noise"], found["law"], rtol=0.1)
+    assert 440 < found["law"] < 620  # (100 + 21 p)/p(1 − p) for p = P(R = 1) from ¼ to ¾
 
 
 def test_a_gate_lets_its_own_width_through_and_what_is_learned_goes_with_the_square():
