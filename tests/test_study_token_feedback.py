@@ -342,11 +342,29 @@ def test_every_arm_of_every_preset_can_run(preset):
         assert not settings.together or not obstacles(run)
 
 
+class Reader:
+    """Stands for results: any arm has any metric, and it is noted which are read."""
+
+    def __init__(self):
+        self.arms = set()
+
+    def values(self, metric, arm, step=None):
+        self.arms.add(arm)
+        return np.linspace(0.1, 1, 8)
+
+    def vector(self, metric, arm, step=None):
+        return np.outer(self.values(metric, arm), np.arange(1, 5))
+
+    def curve(self, metric, arm):
+        return 25 * np.arange(4), self.vector(metric, arm)
+
+
 def test_all_that_is_claimed_is_of_arms_that_are_there():
     for full in (False, True):
-        study = token_feedback.config(replace(token_feedback.CPU, full=full))
-        known = set(study.arms)
-        judge((*study.primaries, *study.secondary[:6]), Results([]), arms=known)
+        study, reader = token_feedback.config(replace(token_feedback.CPU, full=full)), Reader()
+        for claim in (*study.primaries, *study.secondary):
+            assert np.shape(claim.value(reader)) == (8,), claim.name
+        assert reader.arms <= set(study.arms)
 
 
 def test_the_smallest_preset_runs(tmp_path, monkeypatch, compiled_once):
