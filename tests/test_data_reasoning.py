@@ -13,7 +13,7 @@ from rlhf_jax import masked
 from rlhf_jax.data import DataError, reasoning, streams, tokenizers
 from rlhf_jax.data.reasoning import Task, answer, rows, score, scorer
 from rlhf_jax.rewards import from_text
-from rlhf_jax.rollout import Rollout
+from rlhf_jax.types import Rollout
 
 TASK = Task("chain_sum", options="max_terms=2, max_digits=1", size=7, shots=2)
 

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from rlhf_jax import masked
 from rlhf_jax.models.transformer import Lora
-from rlhf_jax.rollout import log_probabilities
+from rlhf_jax.sampling import log_probabilities
 from rlhf_jax.score import score
 
 HALF = jnp.dtype("bfloat16")
