@@ -179,7 +179,9 @@ def test_sampling_is_that_of_the_plain_kernel_and_agrees_with_the_trainer():
         return jax.jit(run)(params, prompts, jax.random.key(0))
 
     rollout = sample(own)
-    jax.tree.map(assert_array_equal, rollout, sample(MODEL))
+    plain = sample(MODEL)
+    assert_array_equal(rollout.tokens, plain.tokens)
+    jax.tree.map(partial(assert_allclose, atol=1e-6), rollout, plain)
     logp = jax.jit(lambda p: score({"self": p}, rollout, models={"self": own}).logp)(params)
     assert_allclose(masked.select(rollout.logp, rollout.mask), logp, atol=1e-5)
 
