@@ -343,7 +343,6 @@ def generate(
         sample_id=prompts.sample_id,
         earned=earned,
         steps=texts.finished + 1,
-        most=length,
     )
 
 

@@ -24,11 +24,9 @@ def score(
     """What the model `self`, and every other named one, says about a batch.
 
     Logits exist for about `chunk` tokens at a time, under `jax.checkpoint`, so `[b, t, v]` is never
-    alive; nor do those of tokens outside the mask, if the batch says how many a row has at most
-    (`Rollout.most`). In the same pass `vocab(logits, batch_slice) -> {name: [c]}` may reduce the
-    vocabulary: `logits[name]` is `[c, v]`, at the batch's temperature, for the c tokens of the
-    slice. Only `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands
-    there.
+    alive. In the same pass `vocab(logits, batch_slice) -> {name: [c]}` may reduce the vocabulary:
+    `logits[name]` is `[c, v]`, at the batch's temperature, for the c tokens of the slice. Only
+    `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands there.
     """
     flat = _flatten_groups(batch)
     shape = batch.tokens.shape
@@ -44,7 +42,7 @@ def score(
     extra = {}
     if any(models[name].lm_head for name in params):
         before = {name: _shift(hidden[name]) for name in params if models[name].lm_head}
-        per_name, extra = _over_masked(params, before, flat, models, vocab, chunk)
+        per_name, extra = _over_vocabulary(params, before, flat, models, vocab, chunk)
         found.update(per_name)
     for name in params:
         if models[name].value_head:
@@ -76,25 +74,6 @@ def _flatten_groups(batch: Sequences) -> Sequences:
         return x.reshape(n * k, *x.shape[2:]) if x.ndim > 1 else jnp.repeat(x, k)
 
     return jax.tree.map(one, batch)
-
-
-def _over_masked(params, hidden, batch, models, vocab, chunk):
-    """`_over_vocabulary` of the tokens in the mask, as far as it is known how many there are."""
-    b, t = batch.tokens.shape
-    most = getattr(batch, "most", None)
-    if most is None or most >= t:
-        return _over_vocabulary(params, hidden, batch, models, vocab, chunk)
-    # In their order, and behind them others, which are cut off in the end.
-    place = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :most]
-
-    def take(x):
-        if x.ndim < 2 or x.shape[1] != t:
-            return x
-        return jnp.take_along_axis(x, place.reshape(b, most, *(1,) * (x.ndim - 2)), axis=1)
-
-    found = _over_vocabulary(params, *jax.tree.map(take, (hidden, batch)), models, vocab, chunk)
-    row = jnp.arange(b)[:, None]
-    return jax.tree.map(lambda x: jnp.zeros((b, t), x.dtype).at[row, place].set(x), found)
 
 
 def _over_vocabulary(params, hidden, batch, models, vocab, chunk):

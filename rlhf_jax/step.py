@@ -50,8 +50,6 @@ def update(
     if learner.transform is not None:
         with _fitting(learner.transform, batch):
             batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
-    if isinstance(batch, Rollout) and (learner.transform or learner.batch != "experience"):
-        batch = batch.replace(most=None)  # other tokens may have come into the mask
     rows = batch.tokens.shape[0]
     check_rows(rows, learner)
     parts = learner.minibatches * learner.microbatches

@@ -102,10 +102,7 @@ class Rollout(Sequences):
     prompt_id: Int[Array, "b"]
     sample_id: Int[Array, "b"]
     earned: Float[Array, "b t"]  # what an environment paid for a token; 0 without one
-    # Steps that the decoding loop had taken when the row was whole; None: it did not come from one.
-    steps: Int[Array, "b"] | None = struct.field(default=None, kw_only=True)
-    # Tokens in the mask of a row, at most; None: unknown, which is always right.
-    most: int | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    steps: Int[Array, "b"]  # that the decoding loop had taken when the row was whole
 
 
 @struct.dataclass

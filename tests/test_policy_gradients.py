@@ -233,7 +233,8 @@ def chain():
         ended=jnp.ones(rows, bool),
         prompt_id=jnp.zeros(rows, jnp.int32),
         sample_id=jnp.arange(rows),
-        **({"earned": zero} if "earned" in Rollout.__dataclass_fields__ else {}),
+        earned=zero,
+        steps=jnp.full(rows, tokens.shape[1]),
     )
     return toys.markov(table), rollout
 

@@ -38,7 +38,6 @@ def batch():
 @struct.dataclass
 class Heated(Labeled):
     temperature: np.ndarray
-    most: int | None = struct.field(pytree_node=False, default=None)
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +115,6 @@ def test_chunks_change_neither_scores_nor_gradients(scored, params, other, batch
     again = scored({"self": params, "other": other}, batch, 16 * 5, mixture)
     jax.tree.map(partial(assert_allclose, atol=2e-5), again[0], scores)
     jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), again[1], grads)
-
-
-def test_logits_of_nothing_but_the_mask_change_neither_scores_nor_gradients(
-    scored, params, other, batch, whole
-):
-    """At most six of twelve tokens of a row are in the mask, with holes between them."""
-    few = batch.mask & (np.arange(12) % 2 == np.arange(16)[:, None] % 2)
-    assert few.sum(1).max() == 6
-    trees, batch = {"self": params, "other": other}, batch.replace(mask=few)
-    expected = scored(trees, batch, 16 * 12, whole[0])
-    for chunk in (16 * 5, 16 * 2):
-        found = scored(trees, batch.replace(most=6), chunk, whole[0])
-        jax.tree.map(partial(assert_allclose, atol=2e-5), found[0], expected[0])
-        jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), found[1], expected[1])
 
 
 def test_other_models_carry_no_gradient(whole):

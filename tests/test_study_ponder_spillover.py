@@ -52,7 +52,6 @@ def rollout(rows=512, samples=4, seed=0):
     mask = np.broadcast_to(np.arange(6) >= spillover.GIVEN, tokens.shape)
     fields = dict.fromkeys(Rollout.__dataclass_fields__, jnp.zeros(tokens.shape))
     fields |= {
-        "most": None,
         "tokens": jnp.asarray(tokens, jnp.int32),
         "mask": jnp.asarray(mask),
         "prompt_id": jnp.asarray(np.asarray(prompts.prompt_id).repeat(samples)),
