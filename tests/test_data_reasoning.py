@@ -103,7 +103,7 @@ def test_every_answer_is_held_against_the_entry_of_its_own_prompt_in_any_process
     rollout = Rollout(
         tokens=tokens, mask=mask, segments=mask.astype(np.int32), logp=zeros, behaviour_logp=zeros,
         temperature=np.ones(4, np.float32), ended=np.ones(4, bool), prompt_id=prompts.prompt_id,
-        sample_id=np.zeros(4, np.int32), earned=zeros,
+        sample_id=np.zeros(4, np.int32), earned=zeros, steps=np.full(4, t),
     )  # fmt: skip
     pay = from_text(
         scorer(TASK), tokenizer=tokenizer, prompt=False, by_prompt=True, workers=1, timeout=120.0

@@ -56,6 +56,7 @@ def experience(**fields):
         ended=jnp.array([True]),
         prompt_id=one,
         sample_id=one,
+        steps=one,
         group_tokens=jnp.full((1,), t - 1.0),
         **(token | fields),
     )

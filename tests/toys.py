@@ -128,6 +128,7 @@ def experience(rows=16, t=12, seed=0):
         prompt_id=np.arange(rows, dtype=np.int32),
         sample_id=np.zeros(rows, np.int32),
         earned=np.zeros((rows, t), np.float32),
+        steps=np.full(rows, t, np.int32),
         old_logp=logp,
         ref_logp=np.minimum(noise(0.5, -3.0), 0.0),
         value=noise(0.5),
