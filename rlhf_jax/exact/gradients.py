@@ -140,6 +140,7 @@ def experience(
         "ended": jnp.ones((n,), bool),
         "prompt_id": ids,
         "sample_id": ids,
+        "steps": ids,
         "old_logp": logp,
         "ref_logp": reference,
         "value": value,
