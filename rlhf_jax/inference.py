@@ -115,6 +115,8 @@ def sample_model(
         tokenizers.check_fits(tokenizer if talk is None else talk, path, **fit)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if not model.lm_head:
+        raise ConfigError(f"{path} is a reward model: it scores texts and writes none")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = weights.fill(here(shapes), lazy, origin=str(path))
     if talk is None:

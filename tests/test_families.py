@@ -18,7 +18,8 @@ from rlhf_jax.models.exporting import export, export_adapter
 from rlhf_jax.models.transformer import Lora
 from rlhf_jax.rollout import generate
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.types import Prompts
+from rlhf_jax.score import score
+from rlhf_jax.types import Prompts, Sequences
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -137,6 +138,44 @@ def test_what_we_write_they_read_as_the_same_model(saved, ours, tokens, tmp_path
         assert_array_equal(x.numpy(), after[name].numpy(), err_msg=name)
     found = theirs(again.eval(), tokens)
     assert_allclose(found, theirs(saved[0], tokens), atol=0 if origin else TOLERANCE)
+
+
+def test_a_reward_model_says_what_theirs_says_of_a_text_and_again_once_written(
+    saved, tokens, tmp_path
+):
+    """Theirs reads its score at the last token that is not padding, ours at each one."""
+    config = transformers.AutoConfig.from_pretrained(saved[1], num_labels=1, pad_token_id=0)
+    torch.manual_seed(1)
+    eager = {"attn_implementation": "eager"}
+    scoring = transformers.AutoModelForSequenceClassification.from_config(config, **eager).eval()
+    with torch.no_grad():
+        for x in scoring.parameters():
+            x.add_(0.08 * torch.randn_like(x))
+    scoring.save_pretrained(tmp_path / "theirs")
+    model = pretrained.model(tmp_path / "theirs")
+    assert (model.lm_head, model.value_head) == (False, True)
+    fresh = jax.jit(model.init)(jax.random.key(0))
+    params = weights.fill(fresh, pretrained.load(tmp_path / "theirs", model), origin="here")
+    long = np.arange(LENGTH) < np.array([[LENGTH], [LENGTH - 7]])
+    tokens = np.where(long, tokens, 0)
+
+    def both(model, params, theirs_now):
+        mask = jnp.asarray(long).at[:, 0].set(False)
+        batch = Sequences(jnp.asarray(tokens), mask, jnp.asarray(long, jnp.int32))
+        reward = jax.jit(lambda p: score({"self": p}, batch, models={"self": model}).reward)(params)
+        found = np.asarray(reward)[[0, 1], long.sum(1) - 1]
+        expected = theirs(theirs_now, tokens, attention_mask=long.astype(np.int64))[:, 0]
+        assert_allclose(found, expected, atol=TOLERANCE)
+        return found
+
+    before = both(model, params, scoring)
+    params = jax.tree.map(lambda x: x * 1.1, params)
+    export(tmp_path / "ours", model, params, origin=tmp_path / "theirs")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", **eager
+    )
+    assert type(again) is type(scoring) and again.config.num_labels == 1
+    assert np.abs(both(model, params, again.eval()) - before).max() > 1e-3
 
 
 def test_an_adapter_is_written_into_the_weights(saved, ours, tokens, tmp_path):

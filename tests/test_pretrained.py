@@ -124,6 +124,38 @@ def test_a_model_of_our_own_is_a_llama(tmp_path):
     assert pretrained.model(tmp_path, head_dim=None) == model
 
 
+SCALAR = {"lm_head": False, "value_head": True, "value_bias": False}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_reward_model_is_one_of_transformers_and_back_bit_for_bit(tmp_path, name):
+    model = of(name, **SCALAR)
+    params = lively(model)
+    export(tmp_path, model, params)
+    made = json.loads((tmp_path / "config.json").read_text())
+    assert made["architectures"][0].endswith("ForSequenceClassification")
+    assert len(made["id2label"]) == 1
+    assert "score.weight" in pretrained.Files(tmp_path).where
+    again = pretrained.model(tmp_path)
+    assert replace(again, head_dim=None) == replace(model, head_dim=None)
+    lazy = pretrained.load(tmp_path, again)
+    jax.tree.map(lambda leaf, x: assert_array_equal(leaf[:], x), lazy, params)
+    export(tmp_path / "again", of(name), lively(of(name)), origin=tmp_path)  # a policy of it
+    made = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "id2label" not in made and "Sequence" not in made["architectures"][0]
+    assert pretrained.model(tmp_path / "again").lm_head
+
+
+def test_a_reward_model_with_a_bias_is_not_written(tmp_path):
+    model = of("llama", **{**SCALAR, "value_bias": True})
+    params = lively(model)
+    params["value_head"]["bias"][:] = 0.25
+    with pytest.raises(PretrainedError, match=r"bias 0\.25.*replace\(model, value_bias=False\)"):
+        export(tmp_path / "out", model, params)
+    params["value_head"]["bias"][:] = 0
+    assert (export(tmp_path / "out", model, params) / "model.safetensors").is_file()
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -137,6 +169,10 @@ def test_a_model_of_our_own_is_a_llama(tmp_path):
         ({"pretraining_tp": 2}, "pretraining_tp=2; only 1 is supported"),
         ({"hidden_size": None}, "no 'hidden_size'"),
         ({"num_key_value_heads": 3}, "must be a multiple of kv_heads"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+            r"LlamaForSequenceClassification with 2 labels .*: a reward model has one",
+        ),
     ],
 )
 def test_a_config_that_is_not_computed_exactly_is_refused_by_name(tmp_path, changes, says):
@@ -198,6 +234,15 @@ def test_files_that_are_cut_short_or_not_there_are_named(tmp_path):
     (path / pretrained.INDEX).unlink()
     with pytest.raises(PretrainedError, match=r"and no model.safetensors.index.json"):
         pretrained.load(path, model)
+
+
+def test_weights_of_another_model_are_not_written(tmp_path):
+    model = of("llama")
+    wide = lively(of("llama", mlp=64))
+    with pytest.raises(PretrainedError, match=r"wants layers_0/gate/kernel \(32, 48\); was the"):
+        export(tmp_path, model, wide)
+    with pytest.raises(PretrainedError, match=r"wants layers_2/.*; was the experiment changed"):
+        export(tmp_path, model, lively(of("llama", layers=2)))
 
 
 def test_a_model_that_no_family_computes_is_not_written(tmp_path):

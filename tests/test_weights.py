@@ -87,6 +87,11 @@ def test_a_critic_starts_from_a_policy_and_keeps_its_fresh_head(small, tree):
     found = weights.fill(fresh, policy, origin="policy")
     assert_array_equal(found["value_head"]["kernel"], 0.0)
     assert_array_equal(found["embed"]["embedding"], tree["embed"]["embedding"])
+    kernel = {"kernel": tree["value_head"]["kernel"]}
+    with pytest.raises(ValueError, match=r"extra: value_head/bias \(1,\)"):
+        weights.fill({**policy, "value_head": kernel}, tree, origin="critic")
+    found = weights.fill(fresh, {**policy, "value_head": kernel}, origin="scores")
+    assert_array_equal(found["value_head"]["kernel"], kernel["kernel"])
     back = weights.fill(policy, found, origin="critic")  # and a head too many is left behind
     assert set(back) == set(policy)
 

@@ -260,5 +260,6 @@ class Decoder(nn.Module):
             if c.lm_head and not c.tied:
                 _Linear(c.vocab, c, name="head")(hidden)
             if c.value_head:
-                nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")(hidden)
+                zero, bias = nn.initializers.zeros, c.value_bias
+                nn.Dense(1, kernel_init=zero, use_bias=bias, name="value_head")(hidden)
         return hidden, cache

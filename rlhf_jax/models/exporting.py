@@ -18,7 +18,18 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from rlhf_jax.models import weights
-from rlhf_jax.models.families import FAMILIES, HARMLESS, Family, FamilyError, Names, says, write
+from rlhf_jax.models.families import (
+    FAMILIES,
+    HARMLESS,
+    Family,
+    FamilyError,
+    Names,
+    headed,
+    says,
+    scores,
+    write,
+)
+from rlhf_jax.models.families.fields import SCORE
 from rlhf_jax.models.pretrained import INDEX, PretrainedError, config, entries
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.types import Params
@@ -46,11 +57,13 @@ def export(
     gathered, so that a model larger than the host's memory can be written; a shard of `shard_bytes`
     is. Of several processes, all of which call this, the first writes. `origin`, a directory of
     Hugging Face, gives the family, what its config.json says beside the numbers, the tokenizer, and
-    the dtype if `dtype` is None. Terms of low rank are added to their matrices. A value head stays
-    out: transformers has no such head.
+    the dtype if `dtype` is None. Terms of low rank are added to their matrices. A model with a
+    value head alone is a reward model of transformers (*ForSequenceClassification, one label);
+    beside a head of the next token a value head stays out: transformers has no such model.
 
     Raises:
-        PretrainedError: if no family computes this model, or the disk refuses.
+        PretrainedError: if no family computes this model, its value head has a bias, or the disk
+            refuses.
     """
     out, given = Path(out).expanduser(), {} if origin is None else config(origin)
     try:
@@ -62,8 +75,10 @@ def export(
     dtype = dtype or given.get("dtype") or given.get("torch_dtype") or "float32"
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     made = {k: v for k, v in made.items() if k != "torch_dtype"} | {"dtype": dtype}
-    family = FAMILIES[made["model_type"]]
-    tensors = _tensors(family, model, _reader(params), stored)
+    made, read = headed(made, model), _reader(params)
+    if scores(model) and (bias := read(["value_head/bias"])):
+        _check_bias(_host(bias["value_head/bias"]))
+    tensors = _tensors(FAMILIES[made["model_type"]], model, read, stored)
     if jax.process_index() != 0:
         for _ in tensors:  # each takes part in gathering
             pass
@@ -142,6 +157,14 @@ def _written(out: Path) -> Path:
     return out
 
 
+def _check_bias(bias: np.ndarray) -> None:
+    if bias.any():
+        raise PretrainedError(
+            f"the value head has the bias {float(bias[0]):.3g}, and a reward model of transformers "
+            "has none: train one with replace(model, value_bias=False)"
+        )
+
+
 def _made(model: Transformer, given: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for a model that is not quite the one it came from."""
     kept = {name: x for name, x in given.items() if name in HARMLESS}
@@ -185,11 +208,11 @@ def _part(found: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray
     return _host(jnp.copy(x) if isinstance(x, jax.Array) else x)
 
 
-def _whole(found: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray | None:
+def _whole(found: Mapping[str, Any], name: str, model: Transformer) -> np.ndarray:
     """The same with its term of low rank."""
     x = _part(found, name, model)
     terms = [_part(found, term, model) for term in _terms(name, model)]
-    if x is None or not terms or terms[0] is None:
+    if not terms or terms[0] is None:
         return x
     return x + np.float32(model.lora.alpha / model.lora.rank) * (terms[0] @ terms[1])
 
@@ -212,12 +235,18 @@ def _tensors(
     family: Family, model: Transformer, read: Read, dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of a file, in its order."""
+    shapes = weights.flat(jax.eval_shape(model.init, jax.random.key(0)))
     for entry, names, found in _groups(family, model, read):
-        if entry.tensor == "lm_head.weight" and model.tied:
+        own = [_stored(name, model) for name in names]
+        if own[0] not in shapes or (own[0] == SCORE.leaves[0] and not scores(model)):
             continue
+        own += [term for name in own for term in _terms(name, model) if term in shapes]
+        if wrong := [n for n in own if n not in found or found[n].shape != shapes[n].shape]:
+            raise PretrainedError(
+                f"the weights are not those of the model, which wants {wrong[0]} "
+                f"{shapes[wrong[0]].shape}; was the experiment changed since they were trained?"
+            )
         parts = [_whole(found, name, model) for name in names]
-        if any(part is None for part in parts):
-            continue
         if entry.layout == "transposed":
             made = parts[0].T
         elif entry.layout == "columns":

@@ -168,6 +168,8 @@ def load(path: str | Path, model: Transformer) -> Params:
             flat[leaf] = Leaf(found, entry.layout, part, ours, model.size_of_head)
     if model.tied:
         flat.pop("head/kernel", None)  # the embedding once more
+    if not model.value_head:
+        flat.pop("value_head/kernel", None)  # a policy from a reward model
     extra = [n for n in files.where if n not in known and not re.search(BUFFERS, n)]
     wrong += [f"{name} is a tensor that this family does not have" for name in extra]
     shapes = jax.eval_shape(replace(model, scan=False).init, jax.random.key(0))

@@ -103,6 +103,7 @@ class Transformer:
     lm_head: bool = True
     tied: bool = True  # the head is the transposed embedding
     value_head: bool = False  # one number a position; starts at zero
+    value_bias: bool = True  # of that head; reward models of Hugging Face have none
     scan: bool = False  # one compiled block for all layers: compiles faster, runs slower on CPU
     remat: str = "none"  # "full": recompute blocks in the backward pass; "dots": but for products
     dtype: str = "float32"
@@ -208,7 +209,8 @@ class Transformer:
     def value(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n"]:
         """The scalar head, float32 throughout: exactly 0 before the first update."""
         head = params["value_head"]
-        return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
+        found = (hidden.astype(jnp.float32) @ head["kernel"])[..., 0]
+        return found + head["bias"][0] if self.value_bias else found
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for `length` tokens a row, in the compute dtype."""

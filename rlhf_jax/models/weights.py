@@ -78,12 +78,14 @@ def check_fits(target: Params, source: Params, *, origin: str) -> None:
     """
     wanted, given = flat(target), flat(source)
 
-    def optional(name):
-        return name.split("/")[0] in HEADS or "/lora_" in name
+    def optional(name, *, unless=()):  # part of a head that is there is not
+        head = name.split("/")[0]
+        return (head in HEADS and head not in unless) or "/lora_" in name
 
-    wrong = [f"missing: {n} {x.shape}" for n, x in wanted.items() if n not in given]
-    wrong = [line for line in wrong if not optional(line.split()[1])]
-    wrong += [f"extra: {n} {given[n].shape}" for n in given if n not in wanted and not optional(n)]
+    missing = [n for n in wanted if n not in given and not optional(n)]
+    extra = [n for n in given if n not in wanted and not optional(n, unless=target)]
+    wrong = [f"missing: {n} {wanted[n].shape}" for n in missing]
+    wrong += [f"extra: {n} {given[n].shape}" for n in extra]
     wrong += [
         f"shape: {n} is {given[n].shape}, the model wants {x.shape}"
         for n, x in wanted.items()

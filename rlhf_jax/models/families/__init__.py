@@ -46,6 +46,15 @@ def read(config: Mapping[str, Any]) -> tuple[str, Transformer]:
             f"{kind}: config.json has fields that are not known here and may change the numbers: "
             f"{shown}; if they change none, take them out of the file"
         )
+    made = next(iter(config.get("architectures") or ()), "")
+    if made.endswith("ForSequenceClassification"):
+        labels = config.get("num_labels", len(config.get("id2label") or (0, 0)))  # 2 if not said
+        if labels != 1:
+            raise FamilyError(
+                f"{kind}: {made} with {labels} labels (id2label in config.json): a reward model "
+                "has one"
+            )
+        model = replace(model, lm_head=False, value_head=True, value_bias=False)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given = config.get(name)
         for i in given if isinstance(given, list) else [] if given is None else [given]:
@@ -58,7 +67,29 @@ def read(config: Mapping[str, Any]) -> tuple[str, Transformer]:
 
 
 # What a config.json does not say: how a model is computed, not what.
-FREE = ("scan", "remat", "dtype", "param_dtype", "lora", "lm_head", "value_head")
+FREE = ("scan", "remat", "dtype", "param_dtype", "lora", "lm_head", "value_head", "value_bias")
+LABELS = (
+    "num_labels",
+    "id2label",
+    "label2id",
+    "problem_type",
+)  # of a config.json that scores texts
+
+
+def scores(model: Transformer) -> bool:
+    """Whether a model is a reward model for transformers: one number a text, and no next token."""
+    return model.value_head and not model.lm_head
+
+
+def headed(config: Mapping[str, Any], model: Transformer) -> dict[str, Any]:
+    """A config.json with the head of the model: of the next token, or a reward model's."""
+    family, found = FAMILIES[config["model_type"]], dict(config)
+    if not scores(model):
+        found = {name: x for name, x in found.items() if name not in LABELS}
+        return found | {"architectures": [family.architecture]}
+    if len(found.get("id2label") or ()) != 1:
+        found |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return found | {"architectures": [family.scoring]}
 
 
 def write(model: Transformer, kind: str | None = None) -> dict[str, Any]:
@@ -79,9 +110,9 @@ def write(model: Transformer, kind: str | None = None) -> dict[str, Any]:
 
 def says(config: Mapping[str, Any], model: Transformer) -> bool:
     """Whether a config.json is that of the model."""
-    exact = replace(model, **{name: getattr(Transformer(vocab=1), name) for name in FREE})
-    found = read(config)[1]
-    return _same(*(replace(m, head_dim=m.size_of_head, lm_head=True) for m in (found, exact)))
+    plain = {name: getattr(Transformer(vocab=1), name) for name in FREE}
+    both = (read(config)[1], model)
+    return _same(*(replace(m, head_dim=m.size_of_head, **plain) for m in both))
 
 
 def _same(one: Transformer, other: Transformer) -> bool:

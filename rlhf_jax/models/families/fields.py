@@ -31,6 +31,7 @@ class Family:
     """One `model_type`."""
 
     architecture: str
+    scoring: str  # the architecture of its reward models
     read: Callable[[Fields], Transformer]
     write: Callable[[Transformer], dict[str, Any]]
     names: tuple[Names, ...]  # of all that the family may have; a model has some of them
@@ -48,7 +49,7 @@ HARMLESS = frozenset(
     gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
     is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
     max_length mlp_dropout min_length model_type no_repeat_ngram_size n_ctx num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores
     pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty
     reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate rope_interleaved
     sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
@@ -160,3 +161,6 @@ def both(tensor: str, leaf: str, layout: str = "transposed") -> tuple[Names, ...
 def norm(tensor: str, leaf: str) -> tuple[Names, ...]:
     """A LayerNorm's scale and bias."""
     return Names(f"{tensor}.weight", (f"{leaf}/scale",)), Names(f"{tensor}.bias", (f"{leaf}/bias",))
+
+
+SCORE = Names("score.weight", ("value_head/kernel",), "transposed")  # of a reward model

@@ -115,6 +115,12 @@ AROUND = {
 }
 
 FAMILIES = {
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2, _gemma2_out, llama_names(AROUND), "model."),
-    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, _gemma3_out, llama_names(AROUND), "model."),
-}
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "Gemma2ForSequenceClassification",
+        _gemma2, _gemma2_out, llama_names(AROUND), "model.",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification",
+        _gemma3, _gemma3_out, llama_names(AROUND), "model.",
+    ),
+}  # fmt: skip

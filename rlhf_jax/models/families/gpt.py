@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_jax.models.families.fields import (
     SAVED,
+    SCORE,
     Family,
     Fields,
     Names,
@@ -120,6 +121,7 @@ GPT2 = (
     *both("transformer.h.{i}.mlp.c_proj", "layers_{i}/down", "same"),
     *norm("transformer.ln_f", "final_norm"),
     Names("lm_head.weight", ("head/kernel",), "transposed"),
+    SCORE,
 )
 GPT_NEOX = (
     Names("gpt_neox.embed_in.weight", ("embed/embedding",)),
@@ -131,9 +133,16 @@ GPT_NEOX = (
     *both("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "layers_{i}/down"),
     *norm("gpt_neox.final_layer_norm", "final_norm"),
     Names("embed_out.weight", ("head/kernel",), "transposed"),
+    SCORE,
 )
 
 FAMILIES = {
-    "gpt2": Family("GPT2LMHeadModel", _gpt2, _gpt2_out, GPT2, "transformer."),
-    "gpt_neox": Family("GPTNeoXForCausalLM", _gpt_neox, _gpt_neox_out, GPT_NEOX, "gpt_neox."),
-}
+    "gpt2": Family(
+        "GPT2LMHeadModel", "GPT2ForSequenceClassification",
+        _gpt2, _gpt2_out, GPT2, "transformer.",
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification",
+        _gpt_neox, _gpt_neox_out, GPT_NEOX, "gpt_neox.",
+    ),
+}  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_jax.models.families.fields import (
     SAVED,
+    SCORE,
     Family,
     FamilyError,
     Fields,
@@ -138,6 +139,7 @@ def llama_names(norms: Mapping[str, str]) -> tuple[Names, ...]:
         Names("model.embed_tokens.weight", ("embed/embedding",)),
         Names("model.norm.weight", ("final_norm/scale",)),
         Names("lm_head.weight", ("head/kernel",), "transposed"),
+        SCORE,
     ]
     for name, leaf in attention.items():
         found += both(f"{layer}self_attn.{name}", own + leaf)
@@ -152,9 +154,17 @@ def llama_names(norms: Mapping[str, str]) -> tuple[Names, ...]:
 
 PRE = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 
+
+def _family(name: str, read, write) -> Family:
+    names = llama_names(PRE)
+    return Family(
+        f"{name}ForCausalLM", f"{name}ForSequenceClassification", read, write, names, "model."
+    )
+
+
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _llama, _llama_out, llama_names(PRE), "model."),
-    "mistral": Family("MistralForCausalLM", _mistral, _mistral_out, llama_names(PRE), "model."),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _qwen_out, llama_names(PRE), "model."),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _qwen3_out, llama_names(PRE), "model."),
+    "llama": _family("Llama", _llama, _llama_out),
+    "mistral": _family("Mistral", _mistral, _mistral_out),
+    "qwen2": _family("Qwen2", _qwen2, _qwen_out),
+    "qwen3": _family("Qwen3", _qwen3, _qwen3_out),
 }
