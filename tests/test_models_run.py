@@ -230,3 +230,10 @@ def test_answers_are_learned_from_by_groups(hub, tmp_path):
     )["run"]  # fmt: skip
     assert len(rows) == 2 and all(0 <= row["rollout/reward"] <= 1 for row in rows)
     assert abs(rows[0]["rollout/kl"]) < 1e-4
+
+
+def test_a_reward_model_does_not_write_texts(hub, tmp_path, capsys):
+    model = replace(pretrained.model(hub), lm_head=False, value_head=True, value_bias=False)
+    out = export(tmp_path / "scores", model, lively(model), origin=hub)
+    assert cli.main(["sample", str(out), "--prompt", "a"]) == 2
+    assert "is a reward model: it scores texts and writes none" in capsys.readouterr().err

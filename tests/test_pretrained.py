@@ -251,7 +251,10 @@ def test_a_model_that_no_family_computes_is_not_written(tmp_path):
         export(tmp_path, model, lively(model))
 
 
-def test_an_adapter_of_a_fused_matrix_is_not_written(tmp_path):
+def test_an_adapter_of_a_fused_matrix_or_of_a_reward_model_is_not_written(tmp_path):
     model = of("neox", lora=Lora(rank=2))
     with pytest.raises(PretrainedError, match="query, key and value in one matrix"):
+        export_adapter(tmp_path, model, lively(model))
+    model = of("llama", lora=Lora(rank=2), **SCALAR)
+    with pytest.raises(PretrainedError, match="head of a reward model is no adapter"):
         export_adapter(tmp_path, model, lively(model))

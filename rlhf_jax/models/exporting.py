@@ -101,12 +101,14 @@ def export_adapter(
     """Write the terms of low rank alone, as PEFT reads them beside the base model in `origin`.
 
     Raises:
-        PretrainedError: if the model has none, its family holds query, key and value in one matrix
-            (which PEFT would give one term), or the disk refuses.
+        PretrainedError: if the model has none, is a reward model, its family holds query, key and
+            value in one matrix (which PEFT would give one term), or the disk refuses.
     """
     out, given = Path(out).expanduser(), {} if origin is None else config(origin)
     if model.lora is None:
         raise PretrainedError("the model has no adapter: it was trained whole; export it whole")
+    if scores(model):
+        raise PretrainedError("the head of a reward model is no adapter: export the model whole")
     try:
         kind = (given or write(model))["model_type"]
     except FamilyError as error:
