@@ -79,7 +79,9 @@ def test_a_function_that_asks_for_it_is_told_the_prompt_that_a_text_answers():
     named = AB.replace(prompt_id=jnp.array([7, 0, 2, 3]))
     reward = text(host_scores.names_its_prompt, by_prompt=True)(named, {})
     assert_array_equal(reward.sum(1), [703, 2, 0, 304])
-    with pytest.raises(RewardError, match=r"(?s)names_its_prompt raised .*'aba', 7"):
+    with pytest.raises(
+        RewardError, match=r"names_its_prompt raised on row \d\n +text: \('\w+', \d\)"
+    ):
         text(partial(host_scores.names_its_prompt, wrong=1), by_prompt=True)(named, {})
 
 
