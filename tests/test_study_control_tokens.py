@@ -32,7 +32,7 @@ from rlhf_jax.conditioning import condition  # noqa: E402
 from rlhf_jax.experiment import load_study  # noqa: E402
 from rlhf_jax.models.transformer import Transformer  # noqa: E402
 from rlhf_jax.returns_to_go import returns_to_go  # noqa: E402
-from rlhf_jax.study import Trained  # noqa: E402
+from rlhf_jax.study import Trained, work  # noqa: E402
 from rlhf_jax.study.results import Results, Row  # noqa: E402
 from rlhf_jax.study.together import obstacles  # noqa: E402
 from rlhf_jax.study.verdicts import estimates, judge  # noqa: E402
@@ -530,6 +530,7 @@ def test_every_preset_is_a_study_that_can_run(preset, given):
         assert not settings.together or not obstacles(run), name
     for arm in made.arms.values():
         assert set(arm.needs) <= known
+    assert set(settings.arms) <= set(made.arms)
     assert len(made.primaries) == 6
     estimates(made.secondary, fake(made)), judge(made.primaries, fake(made), arms=made.arms)
     if given:
@@ -556,9 +557,12 @@ def test_each_arm_differs_from_its_neighbour_in_what_it_is_about():
 @pytest.mark.slow
 def test_the_whole_study_runs_and_is_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    runs, real = [], work.Together
+    monkeypatch.setattr(work, "Together", lambda *a: (runs.append(a[0].name), real(*a))[1])
     command = ["study", str(FOLDER / "control_tokens.py"), "--preset", "cpu_ci", "--out"]
     for _ in range(2):
         assert cli.main([*command, str(tmp_path / "run")]) == 0
+    assert sorted(runs) == ["anchored", "base", "condition"]  # each of them once
     rows = [json.loads(x) for x in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert {row["arm"] for row in rows} == set(study.PRESETS["cpu_ci"].arms)
     page = (tmp_path / "run" / "index.html").read_text()
