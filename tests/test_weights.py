@@ -117,3 +117,11 @@ def test_a_leafs_sharding_may_come_from_a_shape_alone(tree):
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
     found = weights.fill(target, tree, origin="x")
     assert {x.sharding for x in jax.tree.leaves(found)} == {whole}
+
+
+def test_what_is_trained_stands_in_its_bases_place_or_beside_it():
+    base = {"layer": {"kernel": 1, "bias": 2}, "head": 3}
+    whole = weights.merged(base, {"layer": {"bias": 4, "lora_a": 5}, "value_head": 6})
+    expected = {"kernel": 1, "bias": 4, "lora_a": 5}
+    assert whole == {"layer": expected, "head": 3, "value_head": 6}
+    assert base == {"layer": {"kernel": 1, "bias": 2}, "head": 3}
