@@ -209,6 +209,16 @@ def _check_rollouts(config, spec, exists):
     rows = rollout_rows(config)
     if rows is not None and rows % spec.microbatches:
         raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {rows} rows")
+    if not spec.rescore and spec.kl.exact:
+        raise ConfigError(
+            "rollouts.rescore=False leaves no logits for an exact KL: set rollouts.rescore=True or "
+            "KL(exact=False)"
+        )
+    if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in spec.widths):
+        raise ConfigError(
+            f"rollouts.widths={spec.widths}: numbers of tokens, prompt and response together, "
+            "such as (48, 64)"
+        )
 
 
 def _check_environment(config, spec, exists):
@@ -282,6 +292,12 @@ def _check_batches(config, devices):
             check_slots(sizes["experience"], spec.slots, samples=spec.samples, groups=data * fsdp)
         except ValueError as error:
             raise ConfigError(f"rollouts.slots: {error}") from error
+        parts = spec.microbatches * data * fsdp
+        if spec.widths and sizes["experience"] % parts:
+            raise ConfigError(
+                f"rollouts.widths: {sizes['experience']} rows do not divide into "
+                f"{spec.microbatches} micro-batches × {data * fsdp} devices"
+            )
     for name, learner in config.learners.items():
         size = sizes.get(learner.batch)  # what is derived is known once it is made
         parts = learner.minibatches * learner.microbatches * data * fsdp

@@ -107,7 +107,9 @@ class Rollouts:
     shaping: tuple[Callable, ...] = ()  # reward, rollout -> reward: length and EOS penalties
     normalise: int = 0  # reference samples whose mean and variance become 0 and 1; 0: off
     advantage: Callable = partial(whitened, advantage=partial(gae, trace=0.95))
+    rescore: bool = True  # the trainer's log-probabilities are the old ones; False: the sampler's
     microbatches: int = 1  # parts of the rollout that are scored one after another
+    widths: tuple[int, ...] = ()  # besides the longest: micro-batches are no wider than they need
     show: int = 8  # samples written on fixed prompts at the start, every so often, and at the end
     show_every: int = 50
 

@@ -100,7 +100,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
     for name, learner in config.learners.items():
         bound = {"learner": learner, "models": models}
         updates[name] = jax.jit(
-            partial(step.update, **bound),
+            partial(step.update, **bound, **lengths(learner, spec)),
             donate_argnums=0,
             out_shardings=(parts.learners[name], same),
         )
@@ -137,6 +137,14 @@ def build(config: Config, mesh: Mesh) -> Phases:
         shardings=parts,
         mesh=mesh,
     )
+
+
+def lengths(learner: Learner, spec: Rollouts | None) -> dict[str, Any]:
+    """What `step.update` may know of the lengths in what a learner learns from."""
+    if spec is None or learner.batch != "experience":
+        return {}
+    # A transform may put any tokens into the mask.
+    return {"widths": spec.widths, "most": spec.length if learner.transform is None else None}
 
 
 def sampled(

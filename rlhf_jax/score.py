@@ -20,6 +20,8 @@ def score(
     models: Mapping[str, Any],
     vocab: Callable | None = None,
     chunk: int = 2048,
+    width: int | None = None,
+    most: int | None = None,
 ) -> Scores:
     """What the model `self`, and every other named one, says about a batch.
 
@@ -27,9 +29,13 @@ def score(
     alive. In the same pass `vocab(logits, batch_slice) -> {name: [c]}` may reduce the vocabulary:
     `logits[name]` is `[c, v]`, at the batch's temperature, for the c tokens of the slice. Only
     `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands there.
+
+    Behind the first `width` tokens there is only padding, and no row has more than `most` tokens
+    in the mask: the rest is not computed (None: all of it is).
     """
-    flat = _flatten_groups(batch)
     shape = batch.tokens.shape
+    flat = _narrowed(_flatten_groups(batch), width)
+    missing = shape[-1] - flat.tokens.shape[1]
     params = {
         name: tree if name == "self" else jax.lax.stop_gradient(tree)
         for name, tree in params.items()
@@ -42,7 +48,7 @@ def score(
     extra = {}
     if any(models[name].lm_head for name in params):
         before = {name: _shift(hidden[name]) for name in params if models[name].lm_head}
-        per_name, extra = _over_vocabulary(params, before, flat, models, vocab, chunk)
+        per_name, extra = _over_masked(params, before, flat, models, vocab, chunk, most)
         found.update(per_name)
     for name in params:
         if models[name].value_head:
@@ -50,7 +56,8 @@ def score(
             found[name] |= {"value": _shift(after), "reward": after}
 
     def finish(x):  # select, so that neither a value nor a gradient leaks from padding
-        return jnp.where(batch.mask, x.astype(jnp.float32).reshape(shape), 0.0)
+        x = jnp.where(flat.mask, x.astype(jnp.float32), 0.0)
+        return jnp.pad(x, ((0, 0), (0, missing))).reshape(shape)
 
     found, extra = jax.tree.map(finish, (found, extra))
     others = {
@@ -76,6 +83,35 @@ def _flatten_groups(batch: Sequences) -> Sequences:
     return jax.tree.map(one, batch)
 
 
+def _narrowed(batch: Sequences, width: int | None) -> Sequences:
+    """The first `width` tokens of every row."""
+    t = batch.tokens.shape[1]
+    if width is None or width >= t:
+        return batch
+    return jax.tree.map(lambda x: x[:, :width] if _per_token(x, t) else x, batch)
+
+
+def _per_token(x: Array, t: int) -> bool:
+    return x.ndim > 1 and x.shape[1] == t
+
+
+def _over_masked(params, hidden, batch, models, vocab, chunk, most):
+    """`_over_vocabulary` of the tokens in the mask, as far as it is known how many there are."""
+    b, t = batch.tokens.shape
+    if most is None or most >= t:
+        return _over_vocabulary(params, hidden, batch, models, vocab, chunk)
+    # In their order, and behind them others, which are cut off in the end.
+    place = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :most]
+
+    def take(x):
+        at = place.reshape(b, most, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, at, axis=1) if _per_token(x, t) else x
+
+    found = _over_vocabulary(params, *jax.tree.map(take, (hidden, batch)), models, vocab, chunk)
+    row = jnp.arange(b)[:, None]
+    return jax.tree.map(lambda x: jnp.zeros((b, t), x.dtype).at[row, place].set(x), found)
+
+
 def _over_vocabulary(params, hidden, batch, models, vocab, chunk):
     """logp, entropy and what `vocab` wants, a few token columns at a time."""
     b, t = batch.tokens.shape
@@ -87,7 +123,7 @@ def _over_vocabulary(params, hidden, batch, models, vocab, chunk):
         return jnp.moveaxis(x.reshape(b, -1, width, *x.shape[2:]), 1, 0)
 
     leaves, tree = jax.tree.flatten(batch)
-    per_token = [x.ndim > 1 and x.shape[1] == t for x in leaves]
+    per_token = [_per_token(x, t) for x in leaves]
     row_leaves = [x for x, wide in zip(leaves, per_token, strict=True) if not wide]
 
     def one(hidden, token_leaves):

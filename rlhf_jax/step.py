@@ -5,8 +5,9 @@ Division by a number of tokens happens in `_value` and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from rlhf_jax import masked, rewards
 from rlhf_jax.config import Learner, Rollouts
 from rlhf_jax.models import weights
 from rlhf_jax.objectives.reference_kl import reference_kl_vocab
+from rlhf_jax.parts import at_width, by_length, map_over, parts, sum_over
 from rlhf_jax.score import score
 from rlhf_jax.sharding import split_rows
 from rlhf_jax.types import (
@@ -26,6 +28,7 @@ from rlhf_jax.types import (
     LearnerState,
     Params,
     Rollout,
+    Scores,
     Sequences,
     Terms,
 )
@@ -41,19 +44,25 @@ def update(
     *,
     learner: Learner,
     models: Mapping[str, Any],
+    widths: Sequence[int] = (),
+    most: int | None = None,
 ) -> tuple[LearnerState, Metrics]:
     """All epochs and minibatches of one learner over one batch.
 
     `frozen` holds the weights of the models in `learner.others`. Epochs are shuffled along the
     leading axis, so that a group stays whole. Metrics are means over all that was seen.
+
+    With `widths` a minibatch is cut into micro-batches of similar length, and each is computed at
+    the narrowest of these widths that holds it. `most` says how many tokens of a row can be in the
+    mask. Neither changes the result.
     """
     if learner.transform is not None:
         with _fitting(learner.transform, batch):
             batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
     rows = batch.tokens.shape[0]
     check_rows(rows, learner)
-    parts = learner.minibatches * learner.microbatches
-    batch = _prepared(state.params, frozen, batch, learner, models, parts)
+    bound = {"learner": learner, "models": models, "widths": widths, "most": most}
+    batch = _prepared(state.params, frozen, batch, cuts=learner.minibatches, **bound)
 
     def order(epoch):
         if learner.minibatches == 1:
@@ -65,7 +74,7 @@ def update(
 
     def one(state, order):
         minibatch = split_rows(jax.tree.map(lambda x: x[order], batch))
-        return optimizer_step(state, frozen, minibatch, learner=learner, models=models)
+        return optimizer_step(state, frozen, minibatch, **bound)
 
     state, (sums, plain) = jax.lax.scan(one, state, orders)
     sums, plain = jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(lambda x: x.mean(0), plain)
@@ -73,16 +82,18 @@ def update(
     return state, metrics | plain | {"skipped": state.skipped.astype(jnp.float32)}
 
 
-def optimizer_step(state, frozen, batch, *, learner, models):
+def optimizer_step(state, frozen, batch, *, learner, models, widths=(), most=None):
     """One optimiser step on one minibatch: scan over micro-batches, one division, one update."""
-    micro = _parts(batch, learner.microbatches)
-    count = _counts(state.params, frozen, micro, learner, models)
+    micro = _micro(batch, learner, widths)
+    scored = partial(_scored, frozen=frozen, learner=learner, models=models, most=most)
+    count = _counts(state.params, micro, scored, learner)
 
-    def loss(params, part):
-        return _value(params, frozen, part, count, learner, models)
+    def loss(params, part, width):
+        return _value(params, part, count, partial(scored, width=width), learner)
 
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (value, sums), grads = _sum_over_parts(lambda part: grad(state.params, part), micro)
+    # The gradient is taken at one width: a derivative of a choice keeps what every width needs.
+    grad = partial(jax.value_and_grad(loss, has_aux=True), state.params)
+    (value, sums), grads = sum_over(partial(at_width, grad, widths=widths), micro)
     norm = optax.tree.norm(grads)
     state = apply_gradients(state, grads, jnp.isfinite(value) & jnp.isfinite(norm), learner)
     return state, (sums, {"loss": value, "grad_norm": norm})
@@ -97,22 +108,30 @@ def evaluate(
     models: Mapping[str, Any],
 ) -> Metrics:
     """A learner's loss and metrics on a batch it does not learn from, untransformed."""
-    batch = _prepared(params, frozen, batch, learner, models, learner.microbatches)
-    micro = _parts(batch, learner.microbatches)
-    count = _counts(params, frozen, micro, learner, models)
-    value, sums = _sum_over_parts(
-        lambda part: _value(params, frozen, part, count, learner, models), micro
-    )
+    batch = _prepared(params, frozen, batch, learner=learner, models=models)
+    micro = _micro(batch, learner)
+    scored = partial(_scored, frozen=frozen, learner=learner, models=models)
+    count = _counts(params, micro, scored, learner)
+    value, sums = sum_over(lambda part: _value(params, part, count, scored, learner), micro)
     return {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()} | {
         "loss": value
     }
 
 
-def _prepared(params, frozen, batch, learner, models, parts):
+def _micro(batch, learner, widths=()):
+    """A minibatch as micro-batches; if widths can make use of it, of rows of similar length."""
+    if widths and learner.microbatches > 1:
+        order = by_length(batch, learner.microbatches)
+        batch = jax.tree.map(lambda x: x[order], batch)
+    return parts(batch, learner.microbatches)
+
+
+def _prepared(params, frozen, batch, *, learner, models, cuts=1, widths=(), most=None):
     """The batch with what `learner.prepare` adds: statistics over all of it, without gradient."""
     if learner.prepare is None:
         return batch
-    scores = _by_parts(lambda part: _scored(params, frozen, part, learner, models), batch, parts)
+    scored = partial(_scored, params, frozen=frozen, learner=learner, models=models, most=most)
+    scores = map_over(scored, batch, cuts * learner.microbatches, widths)
     with _fitting(learner.prepare, batch):
         return jax.lax.stop_gradient(learner.prepare(jax.lax.stop_gradient(scores), batch))
 
@@ -151,22 +170,23 @@ def _terms(scores, part, learner) -> dict[str, Terms]:
     return {"": terms} if isinstance(terms, Terms) else terms
 
 
-def _scored(params, frozen, part, learner, models):
+def _scored(params, part, *, frozen, learner, models, width=None, most=None):
     models = {"self": learner.model, **{name: models[name] for name in learner.scores}}
     own = params if learner.base is None else weights.merged(frozen[learner.base], params)
     trees = {"self": own, **{name: frozen[name] for name in learner.scores}}
+    given = {"vocab": learner.vocab, "chunk": learner.chunk, "width": width, "most": most}
     with _fitting(learner.vocab or learner.objective, part):
-        return score(trees, part, models=models, vocab=learner.vocab, chunk=learner.chunk)
+        return score(trees, part, models=models, **given)
 
 
-def _counts(params, frozen, micro, learner, models) -> dict[str, Array]:
+def _counts(params, micro, scored, learner) -> dict[str, Array]:
     """Σ count over the minibatch before any forward pass.
 
     Counts may not depend on scores, so zeros stand in for them, and XLA drops what is not counted.
     """
 
     def of_part(part):
-        shapes = jax.eval_shape(lambda: _scored(params, frozen, part, learner, models))
+        shapes = jax.eval_shape(lambda: scored(params, part))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         terms = _terms(zeros, part, learner)
         return {
@@ -174,13 +194,13 @@ def _counts(params, frozen, micro, learner, models) -> dict[str, Array]:
             for name, term in terms.items()
         }
 
-    return _sum_over_parts(of_part, micro)
+    return sum_over(of_part, micro)
 
 
-def _value(params, frozen, part, count, learner, models):
+def _value(params, part, count, scored, learner):
     """This part's share of the minibatch's loss, and its sums of metrics."""
     total, sums = jnp.float32(0.0), {}
-    scores = _scored(params, frozen, part, learner, models)
+    scores = scored(params, part)
     for name, term in _terms(scores, part, learner).items():
         weight = term.weight.astype(jnp.float32)
         used = weight != 0
@@ -190,35 +210,6 @@ def _value(params, frozen, part, count, learner, models):
             label = f"{name}/{metric}" if name else metric
             sums[label] = (masked.sum(x, used), used.astype(jnp.float32).sum())
     return total, jax.lax.stop_gradient(sums)
-
-
-def _sum_over_parts(fn, micro):
-    """Σ fn(part), one part in memory at a time."""
-    first = jax.tree.map(lambda x: x[0], micro)
-    if jax.tree.leaves(micro)[0].shape[0] == 1:
-        return fn(first)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first))
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zero, micro
-    )
-    return total
-
-
-def _by_parts(fn, batch, parts):
-    """fn(batch), some rows in memory at a time."""
-    if parts == 1:
-        return fn(batch)
-    found = jax.lax.map(fn, _parts(batch, parts))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
-
-
-def _parts(batch: Any, parts: int) -> Any:
-    """Rows cut into parts, in front; part i takes rows i, i + parts, …: none leaves its device."""
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
-    return split_rows(jax.tree.map(split, batch), axis=1)
 
 
 def apply_gradients(state, grads, finite, learner) -> LearnerState:
@@ -292,7 +283,6 @@ def collect(
         coefficient = rewards.adaptive_kl(
             coefficient, kl.mean(), kl.shape[0], target=spec.kl.target, horizon=spec.kl.horizon
         )
-    gap = jnp.abs(rollout.logp - old.logp)
     metrics = {
         "rollout/reward": outcome.mean(),
         "rollout/reward_std": outcome.std(),
@@ -301,9 +291,11 @@ def collect(
         "rollout/kl_coefficient": control.kl_coefficient,
         "rollout/length": length.mean(),
         "rollout/ended": rollout.ended.mean(dtype=jnp.float32),
-        "rollout/entropy": masked.mean(old.entropy, mask),
-        "rollout/mismatch": jnp.where(mask, gap, 0.0).max(),
     }
+    if old.entropy is not None:
+        gap = jnp.abs(rollout.logp - old.logp)
+        metrics["rollout/entropy"] = masked.mean(old.entropy, mask)
+        metrics["rollout/mismatch"] = jnp.where(mask, gap, 0.0).max()
     control = control.replace(kl_coefficient=jnp.asarray(coefficient, jnp.float32))
     return jax.lax.stop_gradient((experience, control, metrics))
 
@@ -312,21 +304,23 @@ def _old_scores(rollout, params, spec, models):
     """The policy's scores, the reference's logp, the values and, if asked for, the exact KL."""
     zero = jnp.zeros(rollout.tokens.shape, jnp.float32)
     compare = spec.kl.exact and spec.reference is not None
+    scorers = {spec.policy if spec.rescore else None, spec.reference, spec.value} - {None}
 
-    def some(part):
-        found = {}
-        for name in {spec.policy, spec.reference, spec.value} - {None}:
+    def some(part, width):
+        found, cut = {}, {"width": width, "most": spec.length}
+        for name in scorers:
             if compare and name == spec.policy:
                 trees = {"self": params[name], "reference": params[spec.reference]}
                 shapes = {"self": models[name], "reference": models[spec.reference]}
-                found[name] = score(trees, part, models=shapes, vocab=reference_kl_vocab)
+                found[name] = score(trees, part, models=shapes, vocab=reference_kl_vocab, **cut)
                 found[spec.reference] = found[name]["reference"]
             elif name not in found:
-                found[name] = score({"self": params[name]}, part, models={"self": models[name]})
+                own = {"self": models[name]}
+                found[name] = score({"self": params[name]}, part, models=own, **cut)
         return found
 
-    found = _by_parts(some, rollout, spec.microbatches)
-    policy = found[spec.policy]
+    found = map_over(some, rollout, spec.microbatches, spec.widths)
+    policy = found[spec.policy] if spec.policy in found else Scores(logp=rollout.logp)
     return (
         policy,
         found[spec.reference].logp if spec.reference is not None else zero,

@@ -100,6 +100,27 @@ def test_scoring_a_rollout_in_parts_changes_nothing(tables):
     jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-6), parts, whole)
 
 
+def test_scoring_rows_no_wider_than_they_are_changes_nothing(tables):
+    rollout = rollout_of()
+    reward = last_token(np.arange(16), rollout)
+    whole = collected(rollout, reward, tables, control_of(0.1))
+    parts = collected(rollout, reward, tables, control_of(0.1), microbatches=4, widths=(7, 10))
+    jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-6), parts, whole)
+
+
+def test_without_rescoring_the_sampler_has_the_old_log_probabilities(tables):
+    """Nobody looks at the policy's weights; all the rest is the same."""
+    rollout = rollout_of()
+    reward = last_token(np.arange(16), rollout)
+    whole, _, _ = collected(rollout, reward, tables)
+    others = {name: tables[name] for name in ("reference", "critic")}
+    found, _, metrics = collected(rollout, reward, others, rescore=False)
+    assert_array_equal(found.old_logp, np.where(rollout.mask, rollout.logp, 0.0))
+    for name in ("ref_logp", "value", "reward", "advantage", "target"):
+        assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
+    assert not {"rollout/entropy", "rollout/mismatch"} & set(metrics)
+
+
 def test_an_adaptive_coefficient_follows_the_kl_and_a_fixed_one_does_not(tables):
     rollout = rollout_of()
     reward = np.zeros((16, 12), np.float32)

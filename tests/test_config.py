@@ -26,6 +26,7 @@ from rlhf_jax.environment import Environment
 from rlhf_jax.experiment import describe, difference, load, override
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.optimizer import adam
+from rlhf_jax.rewards import KL
 from rlhf_jax.sampling import Sampling
 
 
@@ -227,6 +228,14 @@ def with_rollouts(**fields):
         (with_rollouts(value="sft"), "the model of 'sft' has no value_head"),
         (with_rollouts(reference="r"), "rollouts.reference: there is no 'r'"),
         (with_rollouts(microbatches=5), "rollouts.microbatches=5 does not divide 32 rows"),
+        (with_rollouts(widths=(0, 8)), "rollouts.widths=(0, 8): numbers of tokens"),
+        (with_rollouts(widths=(8,), microbatches=8), "rollouts.widths: 32 rows do not divide into "
+         "8 micro-batches × 8 devices"),
+        (broken(
+            rollouts=replace(CONFIG.rollouts, rescore=False, kl=KL(exact=True)),
+            learners=CONFIG.learners | {"policy": replace(CONFIG.learners["policy"], objective=
+                objectives.reference_kl, vocab=objectives.reference_kl_vocab, scores=("reference",))},
+        ), "rollouts.rescore=False leaves no logits for an exact KL"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),

@@ -56,10 +56,10 @@ def vocab(logits, part):
 def scored(model, batch):
     """`chunk -> scores, gradients of a mixture of all of them by the name of the model`."""
 
-    def run(params, batch, chunk, mixture):
+    def run(params, batch, chunk, mixture, **known):
         def loss(params):
             models = {"self": model, "other": model}
-            scores = score(params, batch, models=models, vocab=vocab, chunk=chunk)
+            scores = score(params, batch, models=models, vocab=vocab, chunk=chunk, **known)
             parts = [getattr(scores, n) for n in NAMES] + list(scores.extra.values())
             parts += [getattr(scores["other"], n) for n in NAMES]
             return sum((x * w).sum() for x, w in zip(parts, mixture, strict=True)), scores
@@ -67,7 +67,7 @@ def scored(model, batch):
         (_, scores), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return scores, grads
 
-    return jax.jit(run, static_argnames="chunk")
+    return jax.jit(run, static_argnames=("chunk", "width", "most"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,23 @@ def test_chunks_change_neither_scores_nor_gradients(scored, params, other, batch
     again = scored({"self": params, "other": other}, batch, 16 * 5, mixture)
     jax.tree.map(partial(assert_allclose, atol=2e-5), again[0], scores)
     jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), again[1], grads)
+
+
+def test_what_is_cut_off_because_nobody_needs_it_changes_neither_scores_nor_gradients(
+    scored, params, other, batch, whole
+):
+    """Rows of at most nine tokens, at most five of them in the mask, with holes between them."""
+    trees, place = {"self": params, "other": other}, np.arange(12)
+    segments = np.where(place < 9, batch.segments, 0)
+    mask = batch.mask & (segments > 0) & (place % 2 == np.arange(16)[:, None] % 2)
+    assert mask.sum(1).max() <= 5 < batch.mask.sum(1).max()
+    short = batch.replace(segments=segments, mask=mask)
+    expected = scored(trees, short, 16 * 12, whole[0])
+    for chunk, known in ((16 * 2, {"most": 5}), (16 * 5, {"width": 9}),
+                         (16 * 4, {"width": 9, "most": 5})):  # fmt: skip
+        found = scored(trees, short, chunk, whole[0], **known)
+        jax.tree.map(partial(assert_allclose, atol=2e-5), found[0], expected[0])
+        jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), found[1], expected[1])
 
 
 def test_other_models_carry_no_gradient(whole):

@@ -1,6 +1,6 @@
 """The update and what comes before it: nothing but the batch's content decides what is learned."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import chex
@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax import masked, objectives, phases, sharding
 from rlhf_jax.config import Config, From, Frozen, Learner
 from rlhf_jax.optimizer import adam, sgd
+from rlhf_jax.parts import by_length, parts
 from rlhf_jax.step import evaluate, optimizer_step, update
 from rlhf_jax.types import Terms
 
@@ -165,6 +166,58 @@ def test_minibatches_partition_the_batch_and_every_epoch_sees_all_of_it(state):
     assert int(new.step) == 12
     for i in range(16):
         assert_allclose(metrics[f"row{i}"], 1 / 16, rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_micro_batches_no_wider_than_their_rows_learn_the_same(state, devices):
+    """And each is computed at the narrowest width that holds it: the model says how wide it was."""
+
+    def wide(scores, batch):
+        return weighted(scores, batch)["token"].replace(metrics={"width": scores.value})
+
+    model = Ruler(32, value_head=True)
+    learner = learner_of(wide, model, minibatches=2)
+    batch, length = toys.labeled(64), np.full(64, 12)
+    length[8:] = np.random.default_rng(0).integers(3, 8, 56)
+    keep = np.arange(12) < length[:, None]
+    batch = batch.replace(mask=batch.mask & keep, segments=batch.segments * keep)
+
+    def run(learner, **known):
+        go = partial(update, learner=learner, models={}, **known)
+        with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:devices])):
+            return jax.device_get(jax.jit(go)(state(learner), {}, batch, jax.random.key(0)))
+
+    plain, metrics = run(learner)
+    new, found = run(replace(learner, microbatches=4), widths=(8, 99), most=11)
+    assert_allclose(found.pop("loss"), metrics["loss"], rtol=1e-5)
+    jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-5), new, plain)
+    assert metrics["width"] == 12
+    assert 8 < found["width"] < 12
+
+
+@dataclass(frozen=True)
+class Ruler(toys.Table):
+    """A chain whose value is the number of tokens that it was given in a row."""
+
+    def value(self, params, hidden):
+        return jnp.full(hidden.shape[:-1], hidden.shape[1], jnp.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_parts_by_length_are_of_similar_length_and_rows_stay_where_they_are(groups):
+    """In each part of a mesh the rows of a part are no longer than those of the next."""
+    batch = toys.labeled(32)
+    with jax.set_mesh(sharding.make_mesh((groups, 1, 1), jax.devices()[:groups])):
+        order = jax.jit(partial(by_length, n=4))(batch)
+        made = jax.jit(partial(parts, n=4))(np.asarray(order))
+    assert_array_equal(np.sort(order), np.arange(32))
+    length = (batch.segments > 0).sum(1)[np.asarray(made)]  # [4, 32 / 4]
+    own = np.asarray(made).reshape(4, groups, -1)
+    assert_array_equal(
+        own // (32 // groups), np.broadcast_to(np.arange(groups)[:, None], own.shape)
+    )
+    length = length.reshape(4, groups, -1)
+    assert (length[:-1].max(-1) <= length[1:].min(-1)).all()
 
 
 def test_rows_that_do_not_divide_are_refused_with_a_size_that_does(state):
