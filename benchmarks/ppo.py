@@ -77,6 +77,10 @@ def config(
     mean: float | None = None,
     epochs: int = 1,
     minibatches: int = 4,
+    microbatches: int = 1,
+    widths: tuple = (),
+    slots: int | None = None,
+    rescore: bool = False,
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
@@ -89,7 +93,8 @@ def config(
     model = Random(**SIZES[size], mean=mean, dtype=dtype, scan=scan, remat=remat)
     critic = Random(**SIZES[size], dtype=dtype, scan=scan, remat=remat, lm_head=False,
                     value_head=True)  # fmt: skip
-    train = {"optimizer": RATE, "epochs": epochs, "minibatches": minibatches}
+    train = {"optimizer": RATE, "epochs": epochs, "minibatches": minibatches,
+             "microbatches": microbatches}  # fmt: skip
     draw = partial(random_prompts, length=prompt, vocab=model.vocab)
     return Config(
         name=f"bench_{size}",
@@ -104,6 +109,10 @@ def config(
             partial(share, vocab=model.vocab),
             length=length,
             sampling=Sampling(stop=() if mean is None else (END,)),
+            slots=slots,
+            rescore=rescore,
+            widths=tuple(widths),
+            microbatches=microbatches,
             kl=KL(initial=0.05),
             advantage=partial(whitened, advantage=partial(gae, trace=0.95)),
             show=0,

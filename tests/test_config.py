@@ -233,8 +233,10 @@ def with_rollouts(**fields):
          "8 micro-batches × 8 devices"),
         (broken(
             rollouts=replace(CONFIG.rollouts, rescore=False, kl=KL(exact=True)),
-            learners=CONFIG.learners | {"policy": replace(CONFIG.learners["policy"], objective=
-                objectives.reference_kl, vocab=objectives.reference_kl_vocab, scores=("reference",))},
+            learners=CONFIG.learners | {"policy": replace(
+                CONFIG.learners["policy"], objective=objectives.reference_kl,
+                vocab=objectives.reference_kl_vocab, scores=("reference",),
+            )},
         ), "rollouts.rescore=False leaves no logits for an exact KL"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
