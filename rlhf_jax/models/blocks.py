@@ -51,16 +51,32 @@ def frequencies(model: Transformer, *, local: bool = False) -> Float[Array, "hal
     return kept * plain + (1 - kept) * plain / scaling.factor
 
 
-def rotate(
-    x: Float[Array, "b t h k"], positions: Int[Array, "b t"], frequency: Float[Array, "half"]
-) -> Array:
-    """Rotary positions (Su et al. 2021, eq. 34), halves paired as in Llama, angles in float32.
+def turns(positions: Int[Array, "b t"], frequency: Float[Array, "half"]) -> tuple[Array, Array]:
+    """Cosine and sine of each pair's angle, float32 [b, t, 1, half]."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    return _kept(jnp.cos(angle)), _kept(jnp.sin(angle))
+
+
+def _kept(x: Array) -> Array:
+    """The same numbers, which XLA:CPU then keeps in memory.
+
+    Left to itself it computes a cosine again for every head, in every layer, and twice in the
+    derivative. It looks through its own barrier, but not through a product of matrices.
+    """
+
+    def product(x):
+        return (x.reshape(-1, x.shape[-1]) @ jnp.eye(x.shape[-1])).reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x)
+
+
+def rotate(x: Float[Array, "b t h k"], turn: tuple[Array, Array]) -> Array:
+    """Rotary positions (Su et al. 2021, eq. 34), halves paired as in Llama, in float32.
 
     Only the first 2 · half numbers of a head turn; the others stay.
     """
-    half = frequency.shape[0]
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = turn
+    half = cos.shape[-1]
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     rest = x[..., 2 * half :]
@@ -138,7 +154,7 @@ class _Block(nn.Module):
     config: Transformer
 
     @nn.compact
-    def __call__(self, carry, which, positions, mask, near, used):
+    def __call__(self, carry, which, turn, mask, near, used):
         c = self.config
         (hidden, cache), (layer, local) = carry, which
         linear = partial(_Linear, model=c)
@@ -156,10 +172,9 @@ class _Block(nn.Module):
                 query = _Norm(c, "rms", name="query_norm")(query)
                 key = _Norm(c, "rms", name="key_norm")(key)
             if c.positions == "rotary":
-                turn = frequencies(c)
-                if c.local_rope_theta is not None:
-                    turn = jnp.where(local, frequencies(c, local=True), turn)
-                query, key = rotate(query, positions, turn), rotate(key, positions, turn)
+                far, close = turn
+                own = jax.tree.map(partial(jnp.where, local), close, far) if close else far
+                query, key = rotate(query, own), rotate(key, own)
             if c.query_scale is not None:  # the kernels multiply by head_dim ** -0.5
                 query = query * jnp.asarray(c.query_scale * c.size_of_head**0.5, query.dtype)
             seen = mask if near is None else jnp.where(local, near, mask)
@@ -228,6 +243,13 @@ class Decoder(nn.Module):
         if c.window:
             near = mask & (positions[:, :, None] - keys[:, None, :] < c.window)
         local = c.local_layers or (True,) * c.layers
+        turn = None
+        if c.positions == "rotary":
+            close = c.local_rope_theta is not None
+            turn = (
+                turns(positions, frequencies(c)),
+                turns(positions, frequencies(c, local=True)) if close else None,
+            )
 
         block, policy = _Block, REMAT[c.remat]
         if policy is not None:
@@ -242,14 +264,14 @@ class Decoder(nn.Module):
                 length=c.layers,
             )(c, name="layers")
             which = jnp.arange(c.layers), jnp.array(local)
-            (hidden, pairs), _ = layers((hidden, pairs), which, positions, mask, near, used)
+            (hidden, pairs), _ = layers((hidden, pairs), which, turn, mask, near, used)
         else:
             new = []
             for i in range(c.layers):
                 layer = block(c, name=f"layers_{i}")
                 own = None if cache is None else pairs[i]
                 which = jnp.int32(i), jnp.array(local[i])
-                (hidden, own), _ = layer((hidden, own), which, positions, mask, near, used)
+                (hidden, own), _ = layer((hidden, own), which, turn, mask, near, used)
                 new.append(own)
             pairs = tuple(new)
         if cache is not None:
