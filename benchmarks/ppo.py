@@ -79,6 +79,8 @@ def config(
     minibatches: int = 4,
     microbatches: int = 1,
     widths: tuple = (),
+    windows: int = 1,
+    cache_dtype: str | None = None,
     slots: int | None = None,
     rescore: bool = False,
     dtype: str = "float32",
@@ -90,7 +92,8 @@ def config(
         raise ConfigError(f"size={size!r}; valid: {', '.join(SIZES)}")
     if mean is not None and mean <= 1:
         raise ConfigError(f"mean={mean}: a text has more than one token on average")
-    model = Random(**SIZES[size], mean=mean, dtype=dtype, scan=scan, remat=remat)
+    model = Random(**SIZES[size], mean=mean, dtype=dtype, scan=scan, remat=remat,
+                   cache_dtype=cache_dtype)  # fmt: skip
     critic = Random(**SIZES[size], dtype=dtype, scan=scan, remat=remat, lm_head=False,
                     value_head=True)  # fmt: skip
     train = {"optimizer": RATE, "epochs": epochs, "minibatches": minibatches,
@@ -110,6 +113,7 @@ def config(
             length=length,
             sampling=Sampling(stop=() if mean is None else (END,)),
             slots=slots,
+            windows=windows,
             rescore=rescore,
             widths=tuple(widths),
             microbatches=microbatches,

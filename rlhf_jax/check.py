@@ -129,7 +129,7 @@ def _check_numbers(config):
         if batch_size(config, stream) is not None:
             least[f"data.{stream}.batch"] = (batch_size(config, stream), 1)
     if config.rollouts is not None:
-        for name in ("length", "samples", "microbatches"):
+        for name in ("length", "samples", "microbatches", "windows"):
             least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 1)
         for name in ("normalise", "show", "show_every"):
             least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 0)

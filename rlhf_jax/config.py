@@ -99,6 +99,7 @@ class Rollouts:
     environment: Environment | None = None  # makes the prompts, and answers what the policy says
     samples: int = 1  # per prompt
     slots: int | None = None  # texts written at a time: when one ends, the next begins; None: all
+    windows: int = 1  # compiled sizes of the cache, which grows with the texts; without slots
     sampling: Sampling = Sampling()
     policy: str = "policy"
     reference: str | None = "reference"  # None: no KL

@@ -37,10 +37,10 @@ def matrices(model: Any) -> int:
 def decode_bytes(model: Any, *, rows: float, tokens: float) -> float:
     """Bytes that a decoding step reads: every weight once, and keys and values of each row's text.
 
-    Weights are counted in the dtype they are stored in, the cache in that of the activations.
+    Weights are counted in the dtype they are stored in, the cache in its own.
     """
     stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in _shapes(model).values())
-    size = jax.numpy.dtype(model.dtype).itemsize
+    size = jax.numpy.dtype(model.cache_dtype or model.dtype).itemsize
     return stored + 2 * model.layers * model.kv_heads * model.size_of_head * size * rows * tokens
 
 

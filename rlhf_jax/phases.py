@@ -166,6 +166,7 @@ def sampled(
         context=context,
         slots=spec.slots,
         samples=shared,
+        windows=spec.windows,
     )
 
 

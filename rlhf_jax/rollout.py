@@ -13,6 +13,7 @@ tokens that are written.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -270,6 +271,7 @@ def generate(
     context: Any = None,
     slots: int | None = None,
     samples: int = 1,
+    windows: int = 1,
 ) -> Rollout:
     """Up to `length` tokens after each prompt; rows end at a stop id, which they keep.
 
@@ -281,7 +283,8 @@ def generate(
     Result arrays are `[b, p + length (1 + k)]`. What breaks its contract earns nan.
 
     `slots` texts are written at a time (None: all). `samples` says that so many rows in a row have
-    the same prompt, which is then read once.
+    the same prompt, which is then read once. Without slots the cache can grow in so many `windows`,
+    each a loop of its own, so that a step reads what was written and not what may be.
     """
     keys = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(
         prompts.prompt_id, prompts.sample_id
@@ -314,7 +317,9 @@ def generate(
         return writer.choose(texts, slots if plain else writer.refilled(texts, slots))
 
     row = jnp.tile(jnp.arange(size // groups, dtype=jnp.int32), groups)
-    cache = model.empty_cache(size, capacity)
+    rooms = [p + -(-(capacity - p) * i // windows) for i in range(1, windows + 1)]
+    rooms = rooms if plain else [capacity]
+    cache = model.empty_cache(size, rooms[0])
     hidden, part = writer.begun(row, cache)
     state = _Slots(
         row=row,
@@ -325,8 +330,14 @@ def generate(
         following=jnp.full((groups,), size // groups, jnp.int32),
         step=jnp.int32(0),
     )
-    first = writer.choose(_start(prompts, world, capacity, pad), state)
-    texts, _ = jax.lax.while_loop(more, step, first)
+    texts, slots = writer.choose(_start(prompts, world, capacity, pad), state)
+    for room in rooms:
+        # A step's tokens must find room; where the room is all there is, they do.
+        slots = slots._replace(cache=caches.lengthened(slots.cache, room))
+        fits = (lambda slots: True) if room == capacity else partial(caches.fits, tokens=1 + k)
+        texts, slots = jax.lax.while_loop(
+            lambda carry, fits=fits: more(carry) & fits(carry[1].cache), step, (texts, slots)
+        )
     earned = jnp.zeros(texts.logp.shape, jnp.float32)
     if environment is not None:
         broken = texts.mask & ~texts.world.valid[:, None]

@@ -10,6 +10,7 @@ import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
+from rlhf_jax.models import cache as caches
 from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.transformer import Transformer, index_in_segment
 
@@ -70,6 +71,39 @@ def test_decoding_with_a_cache_equals_the_full_forward(either, hidden, tokens):
         out, cache = apply(params, token, positions=at[:, None], cache=cache)
         for row in np.flatnonzero(at >= 0):
             assert_allclose(out[row, 0], hidden[row, at[row]], atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size", "error"), [("bfloat16", 2, 0.02), ("int8", 1, 0.04)])
+def test_a_smaller_cache_costs_a_little_of_the_log_probabilities(
+    model, params, tokens, dtype, size, error
+):
+    small, step = replace(model, cache_dtype=dtype), np.arange(10)
+    room = small.empty_cache(4, 10)
+    arrays = [x for x in jax.tree.leaves(room.layers) if model.size_of_head in x.shape[2:]]
+    assert len(arrays) == 2 * model.layers and {x.dtype.itemsize for x in arrays} == {size}
+
+    @jax.jit
+    def decoded(params, tokens):
+        def one(cache, at):
+            token, position = jnp.take(tokens, at, axis=1), jnp.full((4, 1), at)
+            out, cache = small.apply(params, token[:, None], positions=position, cache=cache)
+            return cache, small.logits(params, out[:, 0])
+
+        return jnp.swapaxes(jax.lax.scan(one, room, step)[1], 0, 1)
+
+    found = jax.nn.log_softmax(decoded(params, tokens))
+    exact = jax.nn.log_softmax(toys.forward(model, params, tokens)[1])
+    assert 1e-4 < np.abs(found - exact).mean() < error
+
+
+def test_a_code_is_at_most_half_a_unit_off():
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 5)).astype(np.float32)
+    x[0, 0, :, 0] = 0.0  # a token of nothing but zeros
+    like = caches.Codes(jnp.zeros((), jnp.int8), jnp.zeros(()))
+    kept = caches._stored(jnp.asarray(x), like, axis=2)
+    assert kept.code.dtype == jnp.int8 and kept.unit.shape == (2, 3, 1, 5)
+    half = np.abs(x).max(2, keepdims=True) / 127 / 2
+    assert (np.abs(caches.plain(kept, "float32") - x) <= half * (1 + 1e-5)).all()
 
 
 def test_padding_and_packing_leave_every_token_as_it_was(model, params, tokens):

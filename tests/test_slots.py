@@ -29,11 +29,11 @@ def queue(samples=1):
     return Prompts(tokens[shared].astype(np.int32), length[shared], shared, name - shared)
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "samples"))
-def say(params, prompts, *, model, slots=None, samples=1):
+@partial(jax.jit, static_argnames=("model", "slots", "samples", "windows"))
+def say(params, prompts, *, model, slots=None, samples=1, windows=1):
     return generate(
         params, prompts, jax.random.key(3), model=model, length=LENGTH, sampling=STOP, pad=0,
-        slots=slots, samples=samples,
+        slots=slots, samples=samples, windows=windows,
     )  # fmt: skip
 
 
@@ -92,6 +92,43 @@ def test_an_environment_answers_in_slots_too():
         )  # fmt: skip
 
     assert_same(run(names_of(), 4), jax.device_get(run(names_of(), None)))
+
+
+def rooms_of(program):
+    """Lengths of the caches that loops of a traced program carry."""
+    loops = [e for e in program.jaxpr.eqns[0].params["jaxpr"].eqns if e.primitive.name == "while"]
+    keys = [x.aval.shape for e in loops for x in e.outvars if len(x.aval.shape) == 4]
+    return sorted({shape[-1] for shape in keys if shape[-2] == 4})
+
+
+@pytest.mark.parametrize("kind", ["unrolled", "scanned", "an environment"])
+def test_a_cache_that_grows_with_the_texts_changes_no_sample(model, params, plain, kind):
+    """Prompts of four and responses of twelve tokens, in three windows of four."""
+    if kind == "an environment":
+        call = partial(
+            generate, toys.weights(world := replace(model, vocab=20)), names_of(),
+            jax.random.key(0), model=world, length=5, sampling=Sampling(stop=(-1,)), pad=9,
+            environment=JUMPS,
+        )  # fmt: skip
+        expected, found = (jax.jit(partial(call, windows=n))() for n in (1, 3))
+        return assert_same(found, jax.device_get(expected))
+    if kind == "scanned":
+        model, params = replace(model, scan=True), toys.stacked(params, model.layers)
+    assert_same(say(params, queue(), model=model, windows=3), plain)
+    if kind == "unrolled":
+        traced = jax.make_jaxpr(partial(say, model=model, windows=3))(params, queue())
+        assert rooms_of(traced) == [8, 12, 16]
+        traced = jax.make_jaxpr(partial(say, model=model, windows=3, slots=8))(params, queue())
+        assert rooms_of(traced) == [16]
+
+
+def test_a_cache_of_codes_says_the_same_in_slots_in_windows_and_scanned(model, params):
+    coded = replace(model, cache_dtype="int8")
+    expected = jax.device_get(say(params, queue(4), model=coded))
+    assert_same(say(params, queue(4), model=coded, slots=8, samples=4), expected)
+    assert_same(say(params, queue(4), model=coded, windows=2), expected)
+    stacked = toys.stacked(params, model.layers)
+    assert_same(say(stacked, queue(4), model=replace(coded, scan=True)), expected)
 
 
 def test_slots_that_do_not_fit_are_refused(model, params):

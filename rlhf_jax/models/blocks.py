@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.cache import attention as cached_attention
-from rlhf_jax.models.cache import grown, placed, written
+from rlhf_jax.models.cache import grown, placed, plain, written
 from rlhf_jax.sharding import gather_columns, split_rows
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class _Block(nn.Module):
                 if c.attention is None:
                     attend = partial(cached_attention, cap=c.attention_cap)
                 else:  # a kernel of its own reads keys in the order of the text
+                    key, value = plain(key, query.dtype), plain(value, query.dtype)
                     key, value = key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
             x = attend(query, key, value, seen).reshape(b, t, -1)
             return linear(c.width, scale=narrow, bias=c.out_bias, name="out")(x), kept
@@ -222,7 +223,6 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, segments, cache=None):
         """Hidden states and the cache: see `Transformer.apply`."""
         c = self.config
-        used, pairs = (None, None) if cache is None else (cache.used, cache.layers)
         hidden = _Embed(c.vocab, c, name="embed")(tokens).astype(c.dtype)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
@@ -234,10 +234,10 @@ class Decoder(nn.Module):
             index = jnp.arange(tokens.shape[1])
             causal = index[:, None] >= index[None, :]
             same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-            mask, keys = same & causal[None], positions
+            mask, keys, used, pairs = same & causal[None], positions, None, None
         else:
             cache = placed(cache, positions)
-            keys = cache.places
+            keys, used, pairs = cache.places, cache.used, cache.layers
             mask = (keys >= 0)[:, None, :] & (keys[:, None, :] <= positions[:, :, None])
         near = None
         if c.window:

@@ -7,6 +7,7 @@ decided by these places, so a row may have holes: padding, or turns in which it 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,23 +21,37 @@ from rlhf_jax.sharding import split_rows
 class Cache(NamedTuple):
     """What a row remembers; `layers` is one pair a layer, or stacked.
 
-    The entry behind the last is `first`: what was written longest ago is written over.
+    Where there is no room left the next entry is `first`: what was written longest ago is written
+    over.
     """
 
-    used: Int[Array, ""]  # the entry that is written next
+    used: Int[Array, ""]  # the entry that is written next, if there is room
     first: Int[Array, ""]
     places: Int[Array, "b s"]  # of each entry's token in its text; −1: no token
     layers: Any  # keys [b, kv_heads, head_dim, s] and values [b, kv_heads, s, head_dim]
 
 
+class Codes(NamedTuple):
+    """Keys or values as whole numbers of an eighth of the size, and what they are multiples of."""
+
+    code: Array  # int8
+    unit: Array  # of a token and head: the same shape, but 1 for head_dim
+
+
 def empty(rows: int, length: int, *, layers: int, heads: int, size: int, dtype, stacked: bool):
-    """Room for `length` tokens a row."""
+    """Room for `length` tokens a row; of dtype int8, `Codes`."""
     ahead = (layers,) if stacked else ()
 
+    def zeros(shape, axis):
+        found = jnp.zeros((*ahead, *shape), dtype)
+        if found.dtype != jnp.int8:
+            return found
+        single = tuple(1 if i == axis else n for i, n in enumerate(shape))
+        return Codes(found, jnp.zeros((*ahead, *single), jnp.float32))
+
     def pair():
-        keys = jnp.zeros((*ahead, rows, heads, size, length), dtype)
-        values = jnp.zeros((*ahead, rows, heads, length, size), dtype)
-        return split_rows((keys, values), axis=len(ahead))
+        both = zeros((rows, heads, size, length), 2), zeros((rows, heads, length, size), 3)
+        return split_rows(both, axis=len(ahead))
 
     places = split_rows(jnp.full((rows, length), -1, jnp.int32))
     kept = pair() if stacked else tuple(pair() for _ in range(layers))
@@ -46,8 +61,14 @@ def empty(rows: int, length: int, *, layers: int, heads: int, size: int, dtype, 
 def placed(cache: Cache, positions: Int[Array, "b t"]) -> Cache:
     """The cache in which the next t entries hold tokens of these places; −1 is padding."""
     positions = positions.astype(jnp.int32)
-    places = jax.lax.dynamic_update_slice(cache.places, positions, (0, cache.used))
-    return cache._replace(places=places)
+    used = jnp.where(fits(cache, positions.shape[1]), cache.used, cache.first)
+    places = jax.lax.dynamic_update_slice(cache.places, positions, (0, used))
+    return cache._replace(places=places, used=used)
+
+
+def fits(cache: Any, tokens: int) -> Bool[Array, ""] | bool:
+    """There is room for so many tokens more."""
+    return cache.used + tokens <= cache.places.shape[1] if isinstance(cache, Cache) else True
 
 
 def written(
@@ -62,26 +83,66 @@ def written(
     Returns what is kept, and this layer's keys and values.
     """
     keys, values = pair
+
+    def put(kept, new, at):
+        if layer is not None:
+            new, at = new[None], (layer, *at)
+        return jax.lax.dynamic_update_slice(kept, new, at)
+
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    key, value = _stored(key, keys, axis=2), _stored(value, values, axis=3)
+    keys = jax.tree.map(partial(put, at=(0, 0, 0, used)), keys, key)
+    values = jax.tree.map(partial(put, at=(0, 0, used, 0)), values, value)
     if layer is None:
-        keys = jax.lax.dynamic_update_slice(keys, key, (0, 0, 0, used))
-        values = jax.lax.dynamic_update_slice(values, value, (0, 0, used, 0))
         return (keys, values), keys, values
-    keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, used))
-    values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, used, 0))
-    read = jax.lax.dynamic_index_in_dim
-    return (keys, values), read(keys, layer, keepdims=False), read(values, layer, keepdims=False)
+    read = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+    return (keys, values), jax.tree.map(read, keys), jax.tree.map(read, values)
+
+
+def _stored(x: Array, like: Any, axis: int) -> Any:
+    """In the cache's numbers: cast, or coded by the largest of a token's head."""
+    if not isinstance(like, Codes):
+        return x.astype(like.dtype)
+    wide = x.astype(jnp.float32)
+    unit = jnp.abs(wide).max(axis=axis, keepdims=True) / 127
+    return Codes(jnp.round(wide / jnp.where(unit > 0, unit, 1.0)).astype(jnp.int8), unit)
+
+
+def plain(x: Any, dtype: Any) -> Array:
+    """Keys or values of a cache as numbers."""
+    return (x.code * x.unit if isinstance(x, Codes) else x).astype(dtype)
 
 
 def grown(cache: Cache, tokens: int, layers: Any) -> Cache:
     """The cache behind so many tokens more."""
-    used, end = cache.used + tokens, cache.places.shape[1]
-    return cache._replace(used=jnp.where(used + tokens > end, cache.first, used), layers=layers)
+    return cache._replace(used=cache.used + tokens, layers=layers)
 
 
 def room(cache: Any, prompt: int, capacity: int) -> int:
     """Length of a cache whose rows `inserted` can put into this one."""
     return prompt if isinstance(cache, Cache) else capacity
+
+
+def lengthened(cache: Any, length: int) -> Any:
+    """The same with room for `length` tokens a row."""
+    if not isinstance(cache, Cache):
+        return cache
+    more = length - cache.places.shape[1]
+
+    def entries(x, axis):  # from the end: layers may stand in front
+        behind = [(0, 0)] * x.ndim
+        behind[axis] = (0, more)
+        return jnp.pad(x, behind)
+
+    def both(pair):
+        keys, values = pair
+        longer = jax.tree.map(partial(entries, axis=-1), keys)
+        return longer, jax.tree.map(partial(entries, axis=-2), values)
+
+    stacked = jax.tree.leaves(cache.layers)[0].ndim > 4
+    places = jnp.pad(cache.places, ((0, 0), (0, more)), constant_values=-1)
+    layers = both(cache.layers) if stacked else tuple(map(both, cache.layers))
+    return cache._replace(places=places, layers=layers)
 
 
 def repeated(cache: Any, times: int) -> Any:
@@ -125,7 +186,8 @@ def _map(fn, cache: Any, *others: Any) -> Any:
     """`fn` of arrays whose first axis is the rows."""
     if not isinstance(cache, Cache):
         return jax.tree.map(fn, cache, *others)
-    over = fn if isinstance(cache.layers[0], tuple) else jax.vmap(fn)  # stacked: layers in front
+    stacked = jax.tree.leaves(cache.layers)[0].ndim > 4  # layers in front
+    over = jax.vmap(fn) if stacked else fn
     layers = jax.tree.map(over, cache.layers, *(other.layers for other in others))
     places = fn(cache.places, *(other.places for other in others))
     return cache._replace(places=places, layers=layers)
@@ -133,8 +195,8 @@ def _map(fn, cache: Any, *others: Any) -> Any:
 
 def attention(
     query: Float[Array, "b t h k"],
-    keys: Float[Array, "b g k s"],
-    values: Float[Array, "b g s k"],
+    keys: Float[Array, "b g k s"] | Codes,
+    values: Float[Array, "b g s k"] | Codes,
     mask: Bool[Array, "b t s"],
     *,
     cap: float | None = None,
@@ -145,16 +207,23 @@ def attention(
     cache once in a sum of products, where its matrix kernels first make a copy in another order.
     """
     b, t, h, size = query.shape
-    grouped = query.reshape(b, t, keys.shape[1], -1, size)
+    key, key_unit = keys if isinstance(keys, Codes) else (keys, None)
+    value, value_unit = values if isinstance(values, Codes) else (values, None)
+    grouped = query.reshape(b, t, key.shape[1], -1, size)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     if t == 1:
         each = grouped[:, 0].astype(wide)
-        logit = (each[..., None] * keys.astype(wide)[:, :, None]).sum(-2)[..., None, :]
+        logit = (each[..., None] * key.astype(wide)[:, :, None]).sum(-2)[..., None, :]
     else:
-        logit = jnp.einsum("btgnk,bgks->bgnts", grouped, keys, preferred_element_type=wide)
+        key = key.astype(query.dtype)
+        logit = jnp.einsum("btgnk,bgks->bgnts", grouped, key, preferred_element_type=wide)
+    if key_unit is not None:  # of a whole head: it can be multiplied behind the sum
+        logit = logit * key_unit[:, :, None]
     weight = softmax(logit * size**-0.5, mask[:, None, None], cap=cap)
+    if value_unit is not None:
+        weight = weight * jnp.swapaxes(value_unit, 2, 3)[:, :, None]
     if t == 1:
-        found = (weight[:, :, :, 0, :, None] * values.astype(wide)[:, :, None]).sum(-2)
+        found = (weight[:, :, :, 0, :, None] * value.astype(wide)[:, :, None]).sum(-2)
         return found.astype(query.dtype).reshape(b, 1, h, size)
-    found = jnp.einsum("bgnts,bgsk->btgnk", weight.astype(values.dtype), values)
+    found = jnp.einsum("bgnts,bgsk->btgnk", weight.astype(query.dtype), value.astype(query.dtype))
     return found.reshape(query.shape)

@@ -108,6 +108,7 @@ class Transformer:
     remat: str = "none"  # "full": recompute blocks in the backward pass; "dots": but for products
     dtype: str = "float32"
     param_dtype: str = "float32"  # of stored weights; those that are trained should be float32
+    cache_dtype: str | None = None  # what decoding remembers in: "bfloat16", "int8"; None: `dtype`
     lora: Lora | None = None
     side_mlp: int = 0  # width of a second MLP beside each block's own; 0: none
     side_gate: float = 1.0  # what it writes is multiplied by this, and so is what teaches it
@@ -123,6 +124,11 @@ class Transformer:
                 )
         known = {"positions": ("rotary", "learned"), "norm": ("rms", "layer"),
                  "activation": tuple(ACTIVATIONS), "remat": tuple(REMAT)}  # fmt: skip
+        kinds = (None, "float32", "bfloat16", "float16", "int8")
+        if self.cache_dtype not in kinds:
+            raise ValueError(
+                f"cache_dtype is {self.cache_dtype!r}; valid: {', '.join(map(repr, kinds))}"
+            )
         for name, valid in known.items():
             if getattr(self, name) not in valid:
                 raise ValueError(
@@ -213,9 +219,10 @@ class Transformer:
         return found + head["bias"][0] if self.value_bias else found
 
     def empty_cache(self, rows: int, length: int) -> Cache:
-        """Room for `length` tokens a row, in the compute dtype."""
+        """Room for `length` tokens a row, in the cache's dtype."""
         shape = {"layers": self.layers, "heads": self.kv_heads, "size": self.size_of_head}
-        return caches.empty(rows, length, dtype=self.dtype, stacked=self.scan, **shape)
+        dtype = self.cache_dtype or self.dtype
+        return caches.empty(rows, length, dtype=dtype, stacked=self.scan, **shape)
 
 
 def index_in_segment(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
