@@ -129,7 +129,7 @@ def _check_numbers(config):
         if batch_size(config, stream) is not None:
             least[f"data.{stream}.batch"] = (batch_size(config, stream), 1)
     if config.rollouts is not None:
-        for name in ("length", "samples", "microbatches", "windows"):
+        for name in ("length", "samples", "chunks", "microbatches", "windows"):
             least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 1)
         for name in ("normalise", "show", "show_every"):
             least[f"rollouts.{name}"] = (getattr(config.rollouts, name), 0)
@@ -287,9 +287,16 @@ def _check_batches(config, devices):
     sizes |= {name: one.pool.rows for name, one in config.derived.items() if one.pool is not None}
     data, fsdp, _ = mesh_shape(config.mesh, devices)
     if sizes.get("experience") is not None:
-        spec = config.rollouts
+        spec, rows = config.rollouts, sizes["experience"]
+        parts = spec.chunks * spec.samples * data * fsdp
+        if spec.chunks > 1 and rows % parts:
+            raise ConfigError(
+                f"rollouts.chunks: {rows} rows do not divide into {spec.chunks} chunks × "
+                f"{spec.samples} samples × {data * fsdp} devices; use a multiple of {parts}"
+            )
         try:
-            check_slots(sizes["experience"], spec.slots, samples=spec.samples, groups=data * fsdp)
+            rows //= spec.chunks
+            check_slots(rows, spec.slots, samples=spec.samples, groups=data * fsdp)
         except ValueError as error:
             raise ConfigError(f"rollouts.slots: {error}") from error
         parts = spec.microbatches * data * fsdp

@@ -14,13 +14,27 @@ from rlhf_jax.sharding import row_groups, split_rows
 from rlhf_jax.types import Sequences
 
 
-def parts(batch: Any, n: int) -> Any:
-    """Rows cut into n parts, in front; part i takes rows i, i + n, …: none leaves its device."""
+def parts(batch: Any, n: int, *, group: int = 1) -> Any:
+    """Rows cut into n parts, in front; part i takes rows i, i + n, …: none leaves its device.
+
+    So many rows as a `group` has stay together.
+    """
 
     def split(x):
-        return jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0)
+        found = jnp.moveaxis(x.reshape(-1, n, group, *x.shape[1:]), 1, 0)
+        return found.reshape(n, -1, *x.shape[1:])
 
     return split_rows(jax.tree.map(split, batch), axis=1)
+
+
+def whole(cut: Any, *, group: int = 1) -> Any:
+    """What `parts` has cut, in the order of its rows."""
+
+    def join(x):
+        n, rows, *rest = x.shape
+        return jnp.moveaxis(x.reshape(n, -1, group, *rest), 0, 1).reshape(n * rows, *rest)
+
+    return split_rows(jax.tree.map(join, cut))
 
 
 def sum_over(fn: Callable, cut: Any) -> Any:
@@ -42,8 +56,7 @@ def map_over(fn: Callable, batch: Sequences, n: int, widths: Sequence[int] = ())
     order = by_length(batch, n) if widths else None
     if order is not None:
         batch = jax.tree.map(lambda x: x[order], batch)
-    found = jax.lax.map(lambda part: at_width(fn, part, widths), parts(batch, n))
-    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+    found = whole(jax.lax.map(lambda part: at_width(fn, part, widths), parts(batch, n)))
     return found if order is None else jax.tree.map(lambda x: x[jnp.argsort(order)], found)
 
 

@@ -7,7 +7,7 @@ exactly what the loop runs.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from jaxtyping import Array
 from rlhf_jax import environment, sharding, step
 from rlhf_jax.config import Config, Learner, Rollouts
 from rlhf_jax.models import weights
+from rlhf_jax.parts import parts, whole
 from rlhf_jax.rollout import generate
 from rlhf_jax.types import Control, LearnerState, Params, Prompts, Rollout, Sequences, TrainState
 
@@ -30,6 +31,8 @@ class Phases:
     """Compiled programs, by the name of what they do."""
 
     init: Callable[[Array], TrainState]
+    cut: Callable | None  # prompts -> chunks of them, in front
+    join: Callable | None  # pytrees of chunks, one by one -> of all rows
     generate: Callable | None  # params, prompts, key, sampling[, context] -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
     collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
@@ -92,7 +95,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
             environment does not return what it should.
     """
     make = partial(init, config=config)
-    parts = sharding.shardings(jax.eval_shape(make, config.seed), mesh)
+    places = sharding.shardings(jax.eval_shape(make, config.seed), mesh)
     rows, same = sharding.rows(mesh), sharding.replicated(mesh)
     models, spec = config.models, config.rollouts
 
@@ -102,17 +105,19 @@ def build(config: Config, mesh: Mesh) -> Phases:
         updates[name] = jax.jit(
             partial(step.update, **bound, **lengths(learner, spec)),
             donate_argnums=0,
-            out_shardings=(parts.learners[name], same),
+            out_shardings=(places.learners[name], same),
         )
         evaluations[name] = jax.jit(partial(step.evaluate, **bound), out_shardings=same)
 
-    sample = reward = collect = None
+    cut = join = sample = reward = collect = None
     if spec is not None and spec.environment is not None:
         names = spec.environment.context
         init_of = {name: models[name].init for name in names}
         shapes = {name: jax.eval_shape(init_of[name], jax.random.key(0)) for name in names}
         environment.check(spec.environment, shapes)
     if spec is not None:
+        cut = jax.jit(partial(parts, n=spec.chunks, group=spec.samples))
+        join = jax.jit(partial(joined, group=spec.samples), out_shardings=rows)
         sample = jax.jit(partial(sampled, model=models[spec.policy], spec=spec), out_shardings=rows)
         reward = spec.reward
         if not getattr(reward, "on_host", False):
@@ -127,14 +132,16 @@ def build(config: Config, mesh: Mesh) -> Phases:
         for name, one in config.derived.items()
     }
     return Phases(
-        init=jax.jit(make, out_shardings=parts),
+        init=jax.jit(make, out_shardings=places),
+        cut=cut,
+        join=join,
         generate=sample,
         reward=reward,
         collect=collect,
         derive=derive,
         update=updates,
         evaluate=evaluations,
-        shardings=parts,
+        shardings=places,
         mesh=mesh,
     )
 
@@ -168,6 +175,11 @@ def sampled(
         samples=shared,
         windows=spec.windows,
     )
+
+
+def joined(chunks: Sequence[Any], *, group: int) -> Any:
+    """Pytrees of chunks of the rows as one of all rows."""
+    return whole(jax.tree.map(lambda *x: jnp.stack(x), *chunks), group=group)
 
 
 def samples_of(prompts: Prompts, n: int) -> Prompts:

@@ -150,7 +150,9 @@ class from_text:
         """Rewards of all rows, which this process must be able to see; `params` plays no part."""
         mask, tokens = np.asarray(rollout.mask), np.asarray(rollout.tokens)
         used = np.asarray(rollout.segments) > 0 if self.prompt else mask
-        paid = mask if self.dense else np.asarray(masked.is_last(rollout.mask))
+        # In numpy: an array of the device would wait behind what the device does meanwhile.
+        left = mask[:, ::-1].cumsum(axis=1)[:, ::-1]
+        paid = mask if self.dense else mask & (left == 1)
         decode, texts = self._decode(), {}
         for row in np.flatnonzero(mask.any(axis=1)).tolist():
             at = np.flatnonzero(paid[row]).tolist()
@@ -169,7 +171,7 @@ class from_text:
         for (row, at), text in texts.items():
             reward[row, at] = score[row, text] - before.get(row, 0.0)
             before[row] = score[row, text]
-        return jnp.asarray(reward)
+        return reward
 
     def _decode(self):
         if self.decode is not None:

@@ -199,14 +199,30 @@ def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
     prompts = batch_of(spec.prompts)
     key = phase_key(config.seed, step, "rollout")
     with run.meter.phase("rollout") as count:
-        rollout = sampled(run, params, prompts, key)
+        rollout, reward = paid(run, params, prompts, key)
         count(int(rollout.mask.sum()))
     with run.meter.phase("reward"):
-        reward = checked_reward(run, rollout, params)
+        if reward is None:
+            reward = checked_reward(run, rollout, params)
     with run.meter.phase("score", tokens=rollout.tokens.size):
         experience, control, metrics = phases.collect(rollout, reward, params, state.control)
         jax.block_until_ready(experience)
     return experience, control, metrics
+
+
+def paid(run: Run, params: Mapping[str, Params], prompts: Prompts, key):
+    """A rollout, and its reward if it is made in chunks: of one while the next is sampled."""
+    n = run.config.rollouts.chunks
+    if n == 1:
+        return sampled(run, params, prompts, key), None
+    cut, found = run.phases.cut(prompts), []
+    following = sampled(run, params, jax.tree.map(lambda x: x[0], cut), key)
+    for i in range(1, n + 1):
+        rollout = following  # on its way, like what the device does behind it
+        if i < n:
+            following = sampled(run, params, jax.tree.map(lambda x, i=i: x[i], cut), key)
+        found.append((rollout, checked_reward(run, rollout, params)))
+    return run.phases.join(found)
 
 
 def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Rollout:

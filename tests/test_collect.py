@@ -109,8 +109,9 @@ def test_scoring_rows_no_wider_than_they_are_changes_nothing(tables):
 
 
 def test_without_rescoring_the_sampler_has_the_old_log_probabilities(tables):
-    """Nobody looks at the policy's weights; all the rest is the same."""
+    """Those before filters; nobody looks at the policy's weights, and all the rest is the same."""
     rollout = rollout_of()
+    rollout = rollout.replace(behaviour_logp=rollout.logp + 1)
     reward = last_token(np.arange(16), rollout)
     whole, _, _ = collected(rollout, reward, tables)
     others = {name: tables[name] for name in ("reference", "critic")}

@@ -238,6 +238,8 @@ def with_rollouts(**fields):
                 vocab=objectives.reference_kl_vocab, scores=("reference",),
             )},
         ), "rollouts.rescore=False leaves no logits for an exact KL"),
+        (with_rollouts(chunks=8), "rollouts.chunks: 32 rows do not divide into 8 chunks × 2 "
+         "samples × 8 devices; use a multiple of 128"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),

@@ -192,7 +192,7 @@ def test_micro_batches_no_wider_than_their_rows_learn_the_same(state, devices):
     assert_allclose(found.pop("loss"), metrics["loss"], rtol=1e-5)
     jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-5), new, plain)
     assert metrics["width"] == 12
-    assert 8 < found["width"] < 12
+    assert 8 < found["width"] < (10.5 if devices == 1 else 12)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import toy_sft
 
-from rlhf_jax import objectives, runs
+from rlhf_jax import feed, objectives, runs
 from rlhf_jax import train as loop
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
+from rlhf_jax.data import tokenizers
 from rlhf_jax.experiment import load
 from rlhf_jax.hostpool import RewardError
 from rlhf_jax.optimizer import sgd
@@ -151,6 +153,47 @@ def test_a_bad_reward_stops_the_run_and_is_shown(reward, says, tmp_path):
     rollouts = replace(config.rollouts, reward=reward, show=0)
     with pytest.raises((RewardError, RunError), match=says):
         train(replace(config, rollouts=rollouts), tmp_path)
+
+
+def test_the_host_pays_for_a_chunk_while_the_next_is_sampled_and_the_rows_keep_their_order():
+    config, order = smoke(), []
+
+    def pay(rollout, params):
+        order.append("pay")
+        last = np.asarray(rollout.mask).cumsum(1) * np.asarray(rollout.mask)
+        last = last == last.max(1, keepdims=True).clip(1)
+        return np.where(last, np.asarray(rollout.prompt_id)[:, None], 0).astype(np.float32)
+
+    pay.on_host = True
+
+    def rollout_of(chunks):
+        """In chunks the reward comes with it."""
+        spec = replace(config.rollouts, reward=pay, chunks=chunks)
+        phases = loop.prepared(replace(config, rollouts=spec), jax.devices()[:1])
+
+        def sample(*args):
+            order.append("sample")
+            return phases.generate(*args)
+
+        tokenizer = tokenizers.load("bytes")
+        run = SimpleNamespace(config=replace(config, rollouts=spec), tokenizer=tokenizer,
+                              phases=replace(phases, generate=sample))  # fmt: skip
+        with jax.set_mesh(phases.mesh):
+            prompts = loop.next_batch(run, spec.prompts, feed.opened(config, spec.prompts))
+            params = {"policy": phases.init(0).learners["policy"].params}
+            rollout, reward = loop.paid(run, params, prompts, jax.random.key(0))
+            if reward is None:
+                reward = loop.checked_reward(run, rollout, params)
+        return jax.device_get((rollout, reward))
+
+    whole = rollout_of(1)
+    order.clear()
+    found = rollout_of(4)
+    assert order == ["sample", *["sample", "pay"] * 3, "pay"]
+    assert len(set(whole[1].sum(1))) > 4
+    for name in ("tokens", "mask", "prompt_id", "sample_id"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(whole[0], name))
+    np.testing.assert_array_equal(found[1], whole[1])
 
 
 def test_prompts_that_exceed_the_context_are_refused(tmp_path):
