@@ -98,6 +98,7 @@ class Rollouts:
     transform: Callable | None = None  # prompts, key -> prompts (control tokens)
     environment: Environment | None = None  # makes the prompts, and answers what the policy says
     samples: int = 1  # per prompt
+    ahead: bool = False  # sample the next step's before this step's update: one step off-policy
     chunks: int = 1  # of the prompts: while one is sampled the host pays for the one before
     slots: int | None = None  # texts written at a time: when one ends, the next begins; None: all
     windows: int = 1  # compiled sizes of the cache, which grows with the texts; without slots

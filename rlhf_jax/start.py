@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import sharding
+from rlhf_jax import feed, sharding
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Config, ConfigError, From
 from rlhf_jax.models import pretrained, weights
 from rlhf_jax.phases import Phases, init, learner_state, phase_key
-from rlhf_jax.types import LearnerState, Params, TrainState
+from rlhf_jax.types import LearnerState, Params, Rollout, TrainState
 
 # Where the weights of a stage are: the directory of its run, or here, by learner.
 Stage = Path | Mapping[str, Params]
@@ -158,11 +158,29 @@ def _source(start: From, model, stages, learners) -> Params | Path:
 
 
 def abstract_state(config: Config, phases: Phases) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state."""
+    """Shapes, dtypes and shardings of the whole state, but for a pending rollout."""
     shapes = jax.eval_shape(phases.init, config.seed)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, phases.shardings
     )
+
+
+def abstract_rollout(config: Config, phases: Phases) -> Rollout:
+    """The same for a rollout, whose prompts are as long as those of the first batch."""
+    spec = config.rollouts
+    stream = feed.opened(config, spec.prompts)
+    prompts = phases.place(feed.looked_at(config, spec.prompts, next(stream)))
+    context = ()
+    if spec.environment is not None:
+        names = spec.environment.context
+        context = ({n: config.models[n].init(jax.random.key(0)) for n in names},)
+
+    def sample(key):
+        params = config.models[spec.policy].init(key)
+        return phases.generate(params, prompts, key, spec.sampling, *context)
+
+    shapes, rows = jax.eval_shape(sample, jax.random.key(0)), sharding.rows(phases.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
 
 
 def abstract_frozen(config: Config, mesh) -> dict[str, Params]:

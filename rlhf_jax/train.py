@@ -6,7 +6,7 @@ metrics → checkpoint. Offline learners enter at update with batches of their o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rlhf_jax.feed import RunError
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, weights_of
 from rlhf_jax.pool import Kept
-from rlhf_jax.start import abstract_frozen, abstract_state, begin
+from rlhf_jax.start import abstract_frozen, abstract_rollout, abstract_state, begin
 from rlhf_jax.step import Misfit
 from rlhf_jax.types import Params, Prompts, Rollout, TrainState
 
@@ -77,7 +77,10 @@ def train(
             state, frozen = begin(config, phases, stages or {})
             checkpoints.save_frozen(frozen)
         else:
-            state = checkpoints.restore(latest, abstract_state(config, phases), streams)
+            target = abstract_state(config, phases)
+            if config.rollouts is not None and config.rollouts.ahead:
+                target = target.replace(pending=abstract_rollout(config, phases))
+            state = checkpoints.restore(latest, target, streams)
             frozen = checkpoints.restore_frozen(abstract_frozen(config, mesh))
         start = int(state.step)
         if start >= config.steps and latest is not None:
@@ -145,8 +148,7 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
         return batches[name]
 
     if config.rollouts is not None:
-        batches["experience"], control, found = make_experience(run, state, step, batch_of)
-        state = state.replace(control=control)
+        batches["experience"], state, found = make_experience(run, state, step)
         metrics |= found
     for name, learner in config.learners.items():
         if not learner.when(step):
@@ -192,22 +194,35 @@ def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], ste
     return batch
 
 
-def make_experience(run: Run, state: TrainState, step: int, batch_of: Callable):
-    """Prompts → rollout → reward → experience, the adapted control, and metrics."""
+def make_experience(run: Run, state: TrainState, step: int):
+    """Prompts → rollout → reward → experience; the state with adapted control; and metrics."""
     config, spec, phases = run.config, run.config.rollouts, run.phases
-    params = weights_now(run, config.models, state)
-    prompts = batch_of(spec.prompts)
-    key = phase_key(config.seed, step, "rollout")
+    params, stream = weights_now(run, config.models, state), run.streams[spec.prompts]
+    more = {}
+
+    def prompts_and_key(step):
+        return next_batch(run, spec.prompts, stream), phase_key(config.seed, step, "rollout")
+
     with run.meter.phase("rollout") as count:
-        rollout, reward = paid(run, params, prompts, key)
-        count(int(rollout.mask.sum()))
+        if spec.ahead:
+            more["rollout/staleness"] = 0.0 if state.pending is None else 1.0
+            rollout, reward = state.pending, None
+            if rollout is None:
+                rollout = sampled(run, params, *prompts_and_key(step))
+            following = sampled(run, params, *prompts_and_key(step + 1))
+            state = state.replace(pending=following)  # on its way: the host goes on
+        else:
+            rollout, reward = paid(run, params, *prompts_and_key(step))
+        # Copied, not added up on the device: that would wait for what is on its way.
+        here = rollout.mask.is_fully_addressable
+        count(int((np.asarray(rollout.mask) if here else rollout.mask).sum()))
     with run.meter.phase("reward"):
         if reward is None:
             reward = checked_reward(run, rollout, params)
     with run.meter.phase("score", tokens=rollout.tokens.size):
         experience, control, metrics = phases.collect(rollout, reward, params, state.control)
         jax.block_until_ready(experience)
-    return experience, control, metrics
+    return experience, state.replace(control=control), metrics | more
 
 
 def paid(run: Run, params: Mapping[str, Params], prompts: Prompts, key):

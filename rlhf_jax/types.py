@@ -180,3 +180,4 @@ class TrainState:
     step: Int[Array, ""]
     learners: dict[str, LearnerState]
     control: Control
+    pending: Rollout | None = None  # sampled before the last update, for the step that comes

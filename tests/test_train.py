@@ -21,12 +21,14 @@ import toy_sft
 
 from rlhf_jax import feed, objectives, runs
 from rlhf_jax import train as loop
-from rlhf_jax.checkpoint import restore_params
+from rlhf_jax.checkpoint import Checkpoints, restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
 from rlhf_jax.data import tokenizers
 from rlhf_jax.experiment import load
 from rlhf_jax.hostpool import RewardError
 from rlhf_jax.optimizer import sgd
+from rlhf_jax.phases import phase_key
+from rlhf_jax.start import abstract_rollout, abstract_state
 from rlhf_jax.train import RunError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -194,6 +196,33 @@ def test_the_host_pays_for_a_chunk_while_the_next_is_sampled_and_the_rows_keep_t
     for name in ("tokens", "mask", "prompt_id", "sample_id"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(whole[0], name))
     np.testing.assert_array_equal(found[1], whole[1])
+
+
+def test_sampling_ahead_is_one_step_behind_in_weights_and_resumes_bit_for_bit(tmp_path):
+    config = smoke(steps=4, checkpoint=KEPT)
+    config = replace(config, rollouts=replace(config.rollouts, ahead=True, show=0))
+    state, out = train(config, tmp_path / "run"), tmp_path / "run"
+    lines = log(out)
+    assert [line["rollout/staleness"] for line in lines] == [0, 1, 1, 1]
+    # The first step leaves the policy as it is: the reward model begins with nothing but zeros.
+    assert lines[0]["rollout/mismatch"] < 1e-4 < lines[2]["rollout/mismatch"]
+
+    # What waits after three steps was sampled with the weights that two had left behind.
+    phases, spec = loop.prepared(config, jax.devices()[:1]), config.rollouts
+    run = SimpleNamespace(config=config, phases=phases)
+    with jax.set_mesh(phases.mesh), Checkpoints(out / "checkpoints", read_only=True) as kept:
+        target = abstract_state(config, phases)
+        target = target.replace(pending=abstract_rollout(config, phases))
+        old, new = kept.restore(2, target), kept.restore(3, target)
+        prompts = feed.opened(config, spec.prompts)
+        fourth = [loop.next_batch(run, spec.prompts, prompts) for _ in range(4)][3]
+        params, key = old.learners["policy"].params, phase_key(config.seed, 3, "rollout")
+        assert bits(phases.generate(params, fourth, key, spec.sampling)) == bits(new.pending)
+
+    for later in ("3", "4"):
+        shutil.rmtree(out / "checkpoints" / later)
+    assert bits(train(config, out, resume=True)) == bits(state)
+    assert log(out) == lines
 
 
 def test_prompts_that_exceed_the_context_are_refused(tmp_path):

@@ -41,6 +41,8 @@ def obstacles(config: Config) -> list[str]:
         found.append("rollouts.reward runs on the host")
     if spec is not None and spec.normalise:
         found.append("rollouts.normalise measures rewards before the first step")
+    if spec is not None and spec.ahead:
+        found.append("rollouts.ahead keeps a rollout from step to step")
     for name, derived in config.derived.items():
         if getattr(derived.make, "on_host", False):
             found.append(f"derived.{name} runs on the host")
