@@ -28,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlhf_jax.train import RunError
 
     try:
+        if options.joins:
+            from rlhf_jax import processes
+
+            processes.start()
         options.run(options)
     except (ConfigError, DataError, ReportError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         print(f"{stopped}", flush=True)
-        return 0
+        return getattr(options, "stopped_status", 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -61,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-jax", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, text):
+    def command(name, run, text, *, joins=False):  # joins: the other processes, if there are any
         found = commands.add_parser(name, help=text, description=text)
-        found.set_defaults(run=run)
+        found.set_defaults(run=run, joins=joins)
         return found
 
     def experiment(found):
@@ -82,10 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         found.add_argument("--stage", help="a stage of a pipeline; default: the last run")
         found.add_argument("--file", help="the experiment's file, if it has moved")
 
-    train = command("train", _train, "run an experiment, or go on with one")
+    train = command("train", _train, "run an experiment, or go on with one", joins=True)
     experiment(train)
     train.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument(
+        "--stopped-status",
+        type=int,
+        default=0,
+        metavar="N",
+        help="exit status of a run that a signal stopped; default: 0",
+    )
 
     study = command("study", _study, "run a study: arms × seeds, verdicts and one page")
     experiment(study)
@@ -94,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--arms", metavar="A,B", help="some of the arms; default: all of the preset")
     study.add_argument("--seeds", metavar="N", help="the first N seeds, or some: 0,3,5")
 
-    bench = command("bench", _bench, "measure an experiment's iteration, phase by phase")
+    bench = command(
+        "bench", _bench, "measure an experiment's iteration, phase by phase", joins=True
+    )
     experiment(bench)
     bench.add_argument("--repeats", type=int, default=5, help="iterations that count; default: 5")
     bench.add_argument("--out", metavar="FILE", help="a .json file for all that was measured")
@@ -115,10 +128,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, help="a checkpoint's step; default: the latest")
 
-    evaluate = command("eval", _eval, "evaluate a run's last checkpoint on its held-out data")
+    evaluate = command(
+        "eval", _eval, "evaluate a run's last checkpoint on its held-out data", joins=True
+    )
     run_directory(evaluate)
 
-    export = command("export", _export, "write a trained model as a directory of Hugging Face")
+    export = command(
+        "export", _export, "write a trained model as a directory of Hugging Face", joins=True
+    )
     run_directory(export)
     export.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
     export.add_argument("--learner", default="policy")

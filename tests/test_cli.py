@@ -146,6 +146,19 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch
     runs.start(SMOKE, ["steps=9"], out, resume=True)  # longer is allowed
 
 
+def test_a_launcher_can_tell_a_stopped_run_from_a_finished_one(tmp_path, capsys, monkeypatch):
+    from rlhf_jax import runs
+    from rlhf_jax.checkpoint import Stopped
+
+    def stopped(*arguments, **named):
+        raise Stopped("stopped as asked")
+
+    monkeypatch.setattr(runs, "start", stopped)
+    train = ["train", SMOKE, "--out", tmp_path]
+    assert run(capsys, *train)[0] == 0
+    assert run(capsys, *train, "--stopped-status", 75)[0] == 75
+
+
 def test_the_module_is_the_console_script():
     import rlhf_jax.__main__ as module
 
