@@ -1,4 +1,4 @@
-"""The command line: train, study, bench, sample, eval, export, convert, report, show.
+"""The command line: train, study, bench, sample, eval, export, convert, report, doctor, show.
 
 A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
 that a signal stopped, its state saved, with 0.
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.joins:
             from rlhf_jax import processes
 
-            processes.start()
-        options.run(options)
+            options.setup = processes.start()
+        status = options.run(options)
     except (ConfigError, DataError, ReportError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return 0 if status is None else status
 
 
 def _quiet() -> None:
@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def experiment(found):
         found.add_argument("file", metavar="FILE", help="an experiment: a .py file with config()")
+        settings(found)
+
+    def settings(found):
         found.add_argument(
             "--set",
             dest="settings",
@@ -156,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directory", metavar="RUN", help="the --out of a train or study command")
     report.add_argument("--file", help="the study's file, if it has moved")
 
+    doctor = command(
+        "doctor", _doctor, "is this machine, or set of them, fit to train?", joins=True
+    )
+    doctor.add_argument("file", nargs="?", metavar="FILE", help="an experiment that is to run here")
+    doctor.add_argument("--checkpoints", metavar="DIR", help="where checkpoints are to be written")
+    settings(doctor)
+
     show = command("show", _show, "print an experiment with all its numbers, and its batch plan")
     experiment(show)
     show.add_argument("--preset", help="of a study: show it with these settings")
@@ -205,6 +215,17 @@ def _report(options) -> None:
         print(command.report(directory, file=options.file))
     else:
         print(report(directory))
+
+
+def _doctor(options) -> int:
+    from rlhf_jax import doctor
+    from rlhf_jax.config import Config
+    from rlhf_jax.experiment import load
+
+    value = load(options.file, options.settings) if options.file is not None else {}
+    stages = {value.name: value} if isinstance(value, Config) else getattr(value, "stages", {})
+    configs = {name: stage for name, stage in stages.items() if isinstance(stage, Config)}
+    return doctor.show(doctor.doctor(options.setup.source, configs, options.checkpoints))
 
 
 def _show(options) -> None:

@@ -121,7 +121,7 @@ def _gke(environment: Mapping[str, str], hosts: list[str]) -> Setup:
 def _kubernetes(environment: Mapping[str, str]) -> Setup:
     """A job without TPU: JAX asks the cluster, if the package for that is there."""
     if "KUBERNETES_SERVICE_HOST" not in environment or "JOB_COMPLETION_INDEX" not in environment:
-        return Setup("alone")
+        return Setup("no variable of a cluster")
     if importlib.util.find_spec("kubernetes") is None:
         raise ConfigError(
             "this is a pod of an indexed Kubernetes job; set RLHF_JAX_COORDINATOR, _PROCESSES and "
