@@ -1,4 +1,4 @@
-"""The command line: train, study, bench, sample, eval, export, convert, report, doctor, show.
+"""The command line: train, study, bench, sample, eval, export, convert, report, show, and more.
 
 A user's mistake ends with one message and exit status 2; a run that cannot go on with 1; a run
 that a signal stopped, its state saved, with 0.
@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from rlhf_jax import cli_pods
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,12 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directory", metavar="RUN", help="the --out of a train or study command")
     report.add_argument("--file", help="the study's file, if it has moved")
 
-    doctor = command(
-        "doctor", _doctor, "is this machine, or set of them, fit to train?", joins=True
-    )
-    doctor.add_argument("file", nargs="?", metavar="FILE", help="an experiment that is to run here")
-    doctor.add_argument("--checkpoints", metavar="DIR", help="where checkpoints are to be written")
-    settings(doctor)
+    cli_pods.add(command, settings)
 
     show = command("show", _show, "print an experiment with all its numbers, and its batch plan")
     experiment(show)
@@ -215,17 +212,6 @@ def _report(options) -> None:
         print(command.report(directory, file=options.file))
     else:
         print(report(directory))
-
-
-def _doctor(options) -> int:
-    from rlhf_jax import doctor
-    from rlhf_jax.config import Config
-    from rlhf_jax.experiment import load
-
-    value = load(options.file, options.settings) if options.file is not None else {}
-    stages = {value.name: value} if isinstance(value, Config) else getattr(value, "stages", {})
-    configs = {name: stage for name, stage in stages.items() if isinstance(stage, Config)}
-    return doctor.show(doctor.doctor(options.setup.source, configs, options.checkpoints))
 
 
 def _show(options) -> None:
