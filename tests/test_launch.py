@@ -257,6 +257,7 @@ def test_a_started_host_trains_detached_once_and_stops_when_asked(capfd, tmp_pat
                 break
             time.sleep(0.1)
         assert host("start") == "run-1 is running already\n"
+        assert os.getsid(pid) == pid  # the connection's end does not reach it
         host("stop")
         for _ in range(100):
             if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
