@@ -30,6 +30,7 @@ def add(command, settings) -> None:
         metavar="WHAT",
         help="git+https://…@REVISION, a wheel, or rlhf-jax==…; default: the hosts have it",
     )
+    launch.add_argument("--before", metavar="COMMAND", help="run by every host first: mount …")
     launch.add_argument("--restarts", type=int, default=20, help="at most; default: 20")
 
     tpu = launch.add_argument_group("tpu-vm and gke")

@@ -84,6 +84,11 @@ def _check(options: Namespace) -> None:
     for text in [*given, *options.settings, *options.sbatch]:
         if not text.isprintable():
             raise ConfigError(f"{text!r}: holds characters that cannot be printed")
+    if "://" in options.out:
+        raise ConfigError(
+            f"--out {options.out}: a run writes to a path; mount the bucket (--claim, --before) "
+            "and give the folder"
+        )
     if options.do == "up" and options.file is None:
         raise ConfigError("--do up needs an experiment: rlhf-jax launch FILE --on …")
     for name in ("slices", "nodes"):
@@ -185,7 +190,7 @@ def jobset(options: Namespace) -> str:
             raise ConfigError(f"--claim {options.claim}: valid is NAME=/PATH")
         mounts.append({"name": "out", "mountPath": path})
         volumes.append({"name": "out", "persistentVolumeClaim": {"claimName": claim}})
-    elif "://" not in options.out:
+    else:
         raise ConfigError("--on gke needs --claim NAME=/PATH: a pod's own disk ends with the pod")
     selector = {
         "cloud.google.com/gke-tpu-accelerator": kind.chip.label,

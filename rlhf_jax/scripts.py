@@ -59,6 +59,7 @@ def host(
         "INSTALL": what,
         "SOURCE": source,
         "REVISION": revision,
+        "BEFORE": options.before or "",
         "WORK": work,
     }
     return filled("host.sh", values)

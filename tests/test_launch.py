@@ -32,7 +32,8 @@ def keep_cache_setting(monkeypatch, tmp_path):
 
 
 def launch(capfd, *arguments, name="run-1", out="/runs/x", file=SMOKE):
-    status = cli.main(["launch", file, "--name", name, "--out", str(out), *map(str, arguments)])
+    place = ["--name", name, "--out", str(out)]
+    status = cli.main(["launch", file, *place, *map(str, arguments)])
     captured = capfd.readouterr()
     return status, captured.out, captured.err
 
@@ -84,6 +85,17 @@ def test_a_jobset_has_a_pod_per_host_and_a_job_per_slice(capfd):
     }
     claim = {"name": "out", "persistentVolumeClaim": {"claimName": "runs"}}
     assert claim in pod(found)["volumes"]
+
+
+def test_a_host_runs_what_comes_before_and_stops_if_it_fails(capfd, tmp_path):
+    found = manifest(capfd, "--before", "git mount a && exit 3", "--install", "rlhf-jax")
+    script = pod(found)["containers"][0]["command"][2].replace("$$", "$")
+    script = script.replace("WORK=/tmp/rlhf-jax/run-1", f"WORK={tmp_path}/work")
+    path = install(tmp_path / "bin", {"git": "", "uv": ""})
+    env = {"PATH": path, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", script, "host", "install"], env=env, timeout=60)
+    assert done.returncode == 3
+    assert calls(tmp_path / "bin") == [["git", "mount", "a"]]
 
 
 def host_calls(tmp_path, command, **environment):
@@ -356,6 +368,7 @@ def test_kubectl_replaces_a_jobset_that_has_ended_and_no_other(capfd, tmp_path, 
         ([*VM, "--install", "x; y"], "valid is git+…, a wheel or rlhf-jax==VERSION"),
         ([*VM, "--set", "learner.policy=1"], "Valid: name, steps, learners"),
         ([*VM, "--set", "steps=1\ntouch x"], "cannot be printed"),
+        ([*VM, "--out", "gs://bucket/x"], "mount the bucket"),
         ([*VM, "--files", "/usr"], "is not in it"),
         (["--on", "slurm", "--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--on", "slurm"], "needs sbatch"),

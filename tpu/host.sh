@@ -4,13 +4,15 @@
 set -euo pipefail
 # @values@
 # NAME; EXPERIMENT, SETTINGS, OUT: what to train; INSTALL: what uv installs, empty if it is there;
-# SOURCE, REVISION: a git repository to work in, or empty; WORK: a folder of this host or empty.
+# SOURCE, REVISION: a git repository to work in, or empty; BEFORE: a command to run first, or empty;
+# WORK: a folder of this host, or empty.
 work=${WORK:-$(cd "$(dirname "$0")" && pwd)}
 export PATH="$work/venv/bin:$HOME/.local/bin:$PATH"
 
 install() {
   mkdir -p "$work"
   cd "$work"
+  if [[ -n $BEFORE ]]; then bash -c "$BEFORE"; fi
   if [[ -n $SOURCE ]]; then
     [[ -d source ]] || git clone --quiet -- "$SOURCE" source
     git -C source fetch --quiet --tags origin
