@@ -149,7 +149,8 @@ def test_a_host_installs_what_it_is_told(capfd, tmp_path, what, installed):
     command = [text.replace("$$", "$") for text in pod(found)["containers"][0]["command"]]
     command[2] = command[2].replace("WORK=/tmp/rlhf-jax/run-1", f"WORK={tmp_path}/work")
     made = host_calls(tmp_path, [*command[:4], "install"])
-    assert made[-1] == ["uv", "pip", "install", "--quiet", "--python", "venv/bin/python", installed]
+    python = ["--reinstall-package", "rlhf-jax", "--python", "venv/bin/python"]
+    assert made[-1] == ["uv", "pip", "install", "--quiet", *python, installed]
     if what.startswith("git"):
         clone = ["git", "clone", "--quiet", "--", "https://host.example/r.git", "source"]
         assert made[0] == clone

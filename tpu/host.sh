@@ -21,7 +21,7 @@ install() {
   [[ -n $INSTALL ]] || return 0
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [[ -d venv ]] || uv venv --quiet --python '>=3.11' venv
-  uv pip install --quiet --python venv/bin/python "$INSTALL"
+  uv pip install --quiet --reinstall-package rlhf-jax --python venv/bin/python "$INSTALL"
 }
 
 run() {
