@@ -304,7 +304,8 @@ def test_slurm_gets_one_job_with_its_options(capfd, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "again"), [(0, 0, False), (75, 0, True), (75, 20, False), (1, 0, False)]
+    ("status", "restarts", "again"),
+    [(0, 0, False), (75, 0, True), (75, 20, False), (143, 0, True), (1, 0, False)],
 )
 def test_a_slurm_job_that_was_stopped_goes_back_into_the_queue(
     capfd, tmp_path, monkeypatch, status, restarts, again

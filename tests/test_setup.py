@@ -1,7 +1,11 @@
 """How a process finds the others, by what the environment says; joining them for real is slow."""
 
+import time
+
+import jax
 import pytest
 
+from rlhf_jax import processes
 from rlhf_jax.config import ConfigError
 from rlhf_jax.processes import find
 
@@ -91,3 +95,18 @@ def test_what_is_incomplete_or_contradicts_itself_is_refused(environment, says, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=says):
         find(environment, tpu=True) if "TPU_WORKER_HOSTNAMES" in environment else find(environment)
+
+
+def test_who_waits_says_so_and_a_failure_to_join_is_an_error(monkeypatch, capfd):
+    def initialize(**arguments):
+        assert arguments["num_processes"] == 4
+        time.sleep(0.5)
+        raise RuntimeError("nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes, "HINT", 0.1)
+    for name, value in PLAIN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="process 3 of 4 could not join the others"):
+        processes.start()
+    assert "process 3 of 4 has waited 0.1 s" in capfd.readouterr().out

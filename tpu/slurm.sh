@@ -27,8 +27,9 @@ while :; do
   status=$?
   [[ -n $interrupted ]] || break
 done
-if ((status == 75)) && [[ -n $again ]] && ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
-  echo "stopped and saved: back into the queue"
+# 75: saved; 143: stopped before it had begun to train.
+if ((status == 75 || status == 143)) && [[ -n $again ]] && ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+  echo "stopped: back into the queue"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60 # which ends this script
 fi
 exit "$status"
