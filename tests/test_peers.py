@@ -51,12 +51,19 @@ def test_a_ratio_is_a_peers_time_over_ours_in_the_same_round(compare):
             for s in seconds
         ]
 
-    turns = {"ours": rounds(1.0, 2.0, 4.0), "trl": rounds(3.0, 4.0, 20.0)}
+    turns = {
+        "ours": rounds(1.0, 2.0, 4.0, score=1.0, update=1.0),
+        "trl": rounds(3.0, 4.0, 20.0, score=2.0, update=1.0),
+        "hf": rounds(1.0, 1.0, 1.0),
+    }
     table = compare.compared(turns)
     assert table["trl"]["ratios"]["seconds"] == {"median": 3.0, "least": 2.0, "most": 5.0}
-    assert table["trl"]["seconds"] == {"median": 4.0, "least": 3.0, "most": 20.0}
+    assert table["trl"]["ratios"]["score"]["median"] == 2.0
+    assert table["trl"]["times"]["seconds"] == {"median": 4.0, "least": 3.0, "most": 20.0}
     assert table["ours"]["speed"] == 100.0  # tokens a second of the rollout, not of the iteration
     assert "ratios" not in table["ours"]
+    assert set(table["hf"]["ratios"]) == {"rollout"}  # its seconds are no iteration
+    assert "3.00 (2.00–5.00)" in compare.show(table, rows=4)
 
 
 def test_a_worker_that_dies_leaves_its_last_words(compare, tmp_path):

@@ -21,9 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 HERE = Path(__file__).resolve().parent
 PEERS = {"trl": "trl_ppo.py", "tunix": "tunix_ppo.py", "hf": "hf_generate.py"}
 OURS = "ours"
@@ -96,19 +93,14 @@ def compared(turns: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
     """
     table = {}
     for name, found in turns.items():
-        row = {k: _spread([x[k] for x in found]) for k in TIMES if k in found[0]}
-        row["tokens"] = statistics.mean(x["tokens"] for x in found)
-        row["speed"] = statistics.median(x["tokens"] / x["rollout"] for x in found)
-        for key in ("cores", "others"):
-            row[key] = statistics.mean(x[key] for x in found)
+        keys = TIMES if "update" in found[0] else ("rollout",)  # what does nothing else
+        row = {"times": {key: _spread([x[key] for x in found]) for key in keys}}
         if name != OURS and OURS in turns:
             pairs = list(zip(found, turns[OURS], strict=True))
-            row["ratios"] = {
-                key: _spread([peer[key] / own[key] for peer, own in pairs])
-                for key in TIMES
-                if key in found[0] and key in turns[OURS][0]
-            }
-        table[name] = row
+            row["ratios"] = {k: _spread([peer[k] / own[k] for peer, own in pairs]) for k in keys}
+        row["tokens"] = statistics.mean(x["tokens"] for x in found)
+        row["speed"] = statistics.median(x["tokens"] / x["rollout"] for x in found)
+        table[name] = row | {k: statistics.mean(x[k] for x in found) for k in ("cores", "others")}
     return table
 
 
@@ -116,30 +108,26 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def show(table: Mapping[str, Mapping[str, Any]], rows: int, title: str) -> None:
+def show(table: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     """The result as two tables: times, and ratios."""
-    times = Table(title=title)
-    for head in ("", *TIMES, "tokens/s", "mean length", "cores", "others"):
-        times.add_column(head, justify="right" if head else "left")
+    heads = ("iteration", *TIMES[1:])
+    lines = ["".join([" " * 6, *(f"{x:>22}" for x in heads), "  tokens/s  length  cores  others"])]
     for name, row in table.items():
-        cells = [_cell(row[k], 3) if k in row else "" for k in TIMES]
-        counts = f"{row['speed']:,.0f}", f"{row['tokens'] / rows:.1f}"
-        times.add_row(name, *cells, *counts, *(f"{row[k]:.2f}" for k in ("cores", "others")))
-    ratios = Table(title="how many times as fast as they are we?")
-    for head in ("", "iteration", *TIMES[1:]):
-        ratios.add_column(head, justify="right" if head else "left")
+        cells = "".join(_cell(row["times"].get(key), 3) for key in TIMES)
+        counts = f"{row['speed']:10,.0f}{row['tokens'] / rows:8.1f}"
+        lines.append(f"{name:6}{cells}{counts}{row['cores']:7.2f}{row['others']:8.2f}")
+    lines.append("times as fast as they are we are")
     for name, row in table.items():
-        found = row.get("ratios", {})
-        if found:
-            ratios.add_row(name, *(_cell(found[k], 2) if k in found else "" for k in TIMES))
-    console = Console()
-    console.print(times)
-    console.print(ratios)
+        if "ratios" in row:
+            lines.append(f"{name:6}" + "".join(_cell(row["ratios"].get(key), 2) for key in TIMES))
+    return "\n".join(lines)
 
 
-def _cell(found: Mapping[str, float], digits: int) -> str:
+def _cell(found: Mapping[str, float] | None, digits: int) -> str:
+    if found is None:
+        return " " * 22
     median, least, most = (f"{found[k]:.{digits}f}" for k in ("median", "least", "most"))
-    return f"{median} ({least}–{most})"
+    return f"{median} ({least}–{most})".rjust(22)
 
 
 def run(commands: Mapping[str, Sequence[str]], logs: Path, repeats: int) -> tuple[dict, dict]:
@@ -204,7 +192,7 @@ def main() -> None:
         except WorkerError as error:
             raise SystemExit(str(error)) from None
     table = compared(turns)
-    show(table, work["rows"], ", ".join(given))
+    print(show(table, work["rows"]))
     if options.out is not None:
         found = {"work": work, "workers": facts, "turns": turns, "table": table}
         options.out.write_text(json.dumps(found, indent=1) + "\n")
