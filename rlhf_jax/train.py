@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rlhf_jax import feed, rewards, sharding
 from rlhf_jax.check import check
@@ -21,6 +22,7 @@ from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
 from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.data import tokenizers
 from rlhf_jax.feed import RunError
+from rlhf_jax.hostpool import RewardError
 from rlhf_jax.metrics import Meter
 from rlhf_jax.phases import Phases, build, phase_key, weights_of
 from rlhf_jax.pool import Kept
@@ -248,22 +250,45 @@ def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Ro
         return run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
     context = {name: params[name] for name in environment.context}
     rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling, context)
-    if not jnp.isfinite(rollout.earned).all():
-        row = int(np.argmin(np.isfinite(np.asarray(rollout.earned)).all(1)))
-        ids = np.asarray(rollout.tokens)[row][np.asarray(rollout.segments)[row] > 0].tolist()
-        raise RunError(
+    seen, error = sharding.local(rollout), None
+    if not np.isfinite(seen.earned).all():
+        row = int(np.argmin(np.isfinite(seen.earned).all(1)))
+        ids = seen.tokens[row][seen.segments[row] > 0].tolist()
+        error = RunError(
             f"rollouts.environment: in row {row} it paid something that is not finite, began with "
             f"no token, wrote a token outside the model's vocabulary, or a count outside 0 to "
             f"{environment.forced}\n  {run.tokenizer.decode(ids)!r} (tokens {ids})"
         )
+    agree(error, "its environment broke the contract")
     return rollout
 
 
 def checked_reward(run: Run, rollout: Rollout, params: Mapping[str, Params]) -> jax.Array:
-    """The reward of every row, after a look at it: nothing that is not finite is learned from."""
-    reward = run.phases.reward(rollout, params)
-    rewards.check(reward, rollout, decode=run.tokenizer.decode)
-    return jax.device_put(reward, sharding.rows(run.phases.mesh))
+    """The reward of every row, after a look at it: nothing that is not finite is learned from.
+
+    Each process looks at its own rows; a reward on the host is shown no others.
+    """
+    pay, error = run.phases.reward, None
+    on_host, seen = getattr(pay, "on_host", False), sharding.local(rollout)
+    try:
+        reward = pay(seen if on_host else rollout, params)
+        rewards.check(sharding.local(reward), seen, decode=run.tokenizer.decode)
+    except RewardError as found:
+        error = found
+    agree(error, "its reward is wrong")
+    return run.phases.place(reward) if on_host else reward
+
+
+def agree(error: Exception | None, what: str) -> None:
+    """Raise in every process if one has an error: the others would wait for it for ever."""
+    wrong = np.array([error is not None])
+    if jax.process_count() > 1:
+        wrong = multihost_utils.process_allgather(wrong).reshape(-1)
+    if error is not None:
+        raise error
+    if wrong.any():
+        number = int(np.flatnonzero(wrong)[0])
+        raise RunError(f"process {number} stopped: {what}; its own message says how")
 
 
 def stop_if_stuck(run: Run, learner, name: str, batch, step: int) -> None:
@@ -271,10 +296,11 @@ def stop_if_stuck(run: Run, learner, name: str, batch, step: int) -> None:
     row = int(learner.skipped_row)
     if row < run.config.max_skipped:
         return
-    path = run.out / f"nonfinite_{name}_step{step}.npz"
+    process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = run.out / f"nonfinite_{name}_step{step}{process}.npz"
     leaves = {
-        sharding.path_name(where): np.asarray(x)
-        for where, x in jax.tree_util.tree_flatten_with_path(batch)[0]
+        sharding.path_name(where): x
+        for where, x in jax.tree_util.tree_flatten_with_path(sharding.local(batch))[0]
     }
     np.savez(path, **leaves)
     raise RunError(
@@ -317,7 +343,9 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
         key = phase_key(run.config.seed, len(scores), "measure")
         rollout = sampled(run, params, prompts, key)
         reward = checked_reward(run, rollout, params)
-        scores += np.asarray(reward, np.float64).sum(-1).tolist()
+        own = sharding.local(reward).astype(np.float64).sum(-1)
+        own = multihost_utils.process_allgather(own) if jax.process_count() > 1 else own
+        scores += own.reshape(-1).tolist()
     std = float(np.std(scores))
     if not std > 0:
         raise RunError(
@@ -341,9 +369,8 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     prompts = next_batch(run, spec.prompts, stream)
     key = phase_key(run.config.seed, 0, "show")
     rollout = sampled(run, params, prompts, key)
-    reward = np.asarray(checked_reward(run, rollout, params)).sum(-1)
-    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-    used = np.asarray(rollout.segments) > 0
+    reward, seen = sharding.local((checked_reward(run, rollout, params), rollout))
+    reward, tokens, mask, used = reward.sum(-1), seen.tokens, seen.mask, seen.segments > 0
     said = np.cumsum(mask, axis=1) > 0  # from the first word of the policy, the environment's too
     rows = []
     for i in range(min(spec.show * spec.samples, len(tokens)))[:: spec.samples]:

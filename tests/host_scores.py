@@ -76,3 +76,9 @@ def second_letter(text):
 
 def names_its_prompt(text, prompt_id):
     return 100 * prompt_id + len(text)
+
+
+def odd_one_out(text):
+    if os.environ.get("RLHF_JAX_PROCESS") == "1":
+        raise ValueError("nobody likes process 1")
+    return float(len(text))

@@ -16,6 +16,7 @@ from two_processes import drawn
 from rlhf_jax.models import exporting, families, pretrained, weights
 
 CHILD = Path(__file__).parent / "two_processes.py"
+SMOKE = Path(__file__).parent.parent / "experiments" / "smoke.py"
 SIZE = {
     "vocab_size": 16384, "hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16,
 }  # fmt: skip
@@ -60,6 +61,73 @@ def both(task, path):
             child.kill()
     assert [child.returncode for child in children] == [0, 0], said
     return [json.loads(out.strip().splitlines()[-1]) for out, _ in said]
+
+
+def trained(experiment, out, *arguments):
+    """Exit states and what was said by two processes that run one experiment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device each
+    plain |= {"RLHF_JAX_COORDINATOR": f"127.0.0.1:{port}", "RLHF_JAX_PROCESSES": "2"}
+    command = [sys.executable, "-m", "rlhf_jax", "train", str(experiment), "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    children = [
+        subprocess.Popen(
+            [*command, *arguments], env=plain | {"RLHF_JAX_PROCESS": str(rank)}, **pipes
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [child.communicate(timeout=400)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [child.returncode for child in children], said
+
+
+HOST = """
+from dataclasses import replace
+from functools import partial
+import host_scores
+from rlhf_jax import experiment
+from rlhf_jax.rewards import from_text
+
+def config():
+    smoke = experiment.load({smoke!r})
+    reward = from_text(host_scores.{score}, tokenizer="bytes", workers=1)
+    return replace(smoke, rollouts=replace(smoke.rollouts, reward=reward, normalise=32))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_pay_for_their_own_rows_and_go_on_from_a_checkpoint(
+    tmp_path, monkeypatch
+):
+    """A reward on the host: each process is asked for its half, and both learn from the whole."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    file = tmp_path / "host.py"
+    file.write_text(HOST.format(smoke=str(SMOKE), score="length"))
+    out = tmp_path / "run"
+    codes, said = trained(file, out, "--set", "steps=2")
+    assert codes == [0, 0], said
+    codes, said = trained(file, out, "--set", "steps=3", "--resume")
+    assert codes == [0, 0], said
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["rollout/mismatch"] < 1e-4 for line in lines)
+    assert len({line["rollout/reward"] for line in lines}) == 3
+
+
+@pytest.mark.slow
+def test_a_wrong_reward_in_one_process_stops_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    file = tmp_path / "host.py"
+    file.write_text(HOST.format(smoke=str(SMOKE), score="odd_one_out"))
+    codes, said = trained(file, tmp_path / "run", "--set", "steps=2")
+    assert all(codes), said
+    assert sum("its own message says how" in one for one in said) == 1, said
+    assert sum("nobody likes process" in one for one in said) == 1, said
 
 
 @pytest.mark.slow
