@@ -77,8 +77,8 @@ def config(
     mean: float | None = None,
     epochs: int = 1,
     minibatches: int = 4,
-    microbatches: int = 1,
-    widths: tuple = (),
+    microbatches: int | None = None,
+    widths: tuple | None = None,
     windows: int = 1,
     cache_dtype: str | None = None,
     slots: int | None = None,
@@ -87,11 +87,20 @@ def config(
     scan: bool = False,
     remat: str = "none",
 ) -> Config:
-    """Policy, separate critic of the same shape, frozen reference."""
+    """Policy, separate critic of the same shape, frozen reference.
+
+    Where texts end by themselves (`mean`) padding is left out: unless told otherwise half as many
+    slots as rows, and micro-batches at three widths.
+    """
     if size not in SIZES:
         raise ConfigError(f"size={size!r}; valid: {', '.join(SIZES)}")
     if mean is not None and mean <= 1:
         raise ConfigError(f"mean={mean}: a text has more than one token on average")
+    if mean is not None:
+        slots = rows // 2 if slots is None else slots
+        microbatches = 4 if microbatches is None else microbatches
+        widths = (prompt + length // 4, prompt + length // 2) if widths is None else widths
+    microbatches, widths = microbatches or 1, widths or ()
     model = Random(**SIZES[size], mean=mean, dtype=dtype, scan=scan, remat=remat,
                    cache_dtype=cache_dtype)  # fmt: skip
     critic = Random(**SIZES[size], dtype=dtype, scan=scan, remat=remat, lm_head=False,

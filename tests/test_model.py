@@ -231,6 +231,41 @@ def test_a_fresh_model_values_everything_at_exactly_zero(model, tokens):
     assert float(jnp.abs(logits).max()) < 2  # near uniform: it starts knowing nothing
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_attentions_own_derivative_is_that_of_its_formula(cap):
+    """Against plain automatic differentiation, with rows that see little and one that sees nothing.
+
+    What the row without keys says is finite and teaches nobody.
+    """
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, 5, heads, 4)), jnp.float32) for heads in (6, 2, 2)
+    )
+    mask = jnp.asarray(np.tril(np.ones((5, 5), bool)) & (rng.random((2, 5, 5)) < 0.7))
+    mask = mask.at[0, 3].set(False)
+    weights = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+
+    def formula(query, key, value, mask):
+        key, value = (jnp.repeat(x, 3, axis=2) for x in (key, value))
+        logit = jnp.einsum("bthk,bshk->bhts", query, key) / 2
+        logit = cap * jnp.tanh(logit / cap) if cap else logit
+        weight = jax.nn.softmax(jnp.where(mask[:, None], logit, -1e30), axis=-1)
+        return jnp.einsum("bhts,bshk->bthk", weight, value)
+
+    def slopes(kernel, at):
+        def loss(*given):
+            return (kernel(*given, mask) * weights).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*at)
+
+    own = partial(grouped_attention, cap=cap)
+    given = query, key, value
+    assert_allclose(own(*given, mask), formula(*given, mask), atol=1e-5)
+    for found, expected in zip(slopes(own, given), slopes(formula, given), strict=True):
+        assert_allclose(found, expected, atol=1e-5)
+    assert_array_equal(slopes(own, given)[0][0, 3], 0.0)
+
+
 def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, params, tokens):
     half = replace(model, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))} == {

@@ -40,16 +40,54 @@ def grouped_attention(
 
     With `cap` logits are cap · tanh(logit / cap) (Gemma 2), which no fused kernel has.
     """
-    (b, t, h, size), (_, s, g, _) = query.shape, key.shape
+    (b, t, h, size), g = query.shape, key.shape[2]
     # [b, g, h/g · t, k]: the heads that share a key are rows of one product.
     rows = query.reshape(b, t, g, h // g, size).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, size)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    found = _mixed(rows, key, value, mask) if cap is None else _mix(rows, key, value, mask, cap)[0]
+    return found.reshape(b, g, -1, t, size).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _mix(rows, key, value, mask, cap=None):
+    """What rows [b, g, q, k] read, and their weights [b, g, q, s]; q is h/g times t."""
+    b, g, q, size = rows.shape
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
     logit = jnp.einsum("bgqk,bgsk->bgqs", rows, key, preferred_element_type=wide)
-    weight = softmax(logit.reshape(b, g, -1, t, s) * size**-0.5, mask[:, None, None], cap=cap)
-    weight = weight.reshape(b, g, -1, s).astype(value.dtype)
-    found = jnp.einsum("bgqs,bgsk->bgqk", weight, value).reshape(b, g, -1, t, size)
-    return found.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    logit = logit.reshape(b, g, -1, *mask.shape[1:]) * size**-0.5
+    weight = softmax(logit, mask[:, None, None], cap=cap)
+    weight = weight.reshape(b, g, q, -1).astype(value.dtype)
+    return jnp.einsum("bgqs,bgsk->bgqk", weight, value), weight
+
+
+@jax.custom_vjp
+def _mixed(rows, key, value, mask):
+    return _mix(rows, key, value, mask)[0]
+
+
+def _mixed_forward(rows, key, value, mask):
+    found, weight = _mix(rows, key, value, mask)
+    return found, (rows, key, value, mask, weight, found)
+
+
+def _mixed_backward(kept, grad):
+    """The derivative in which Σ_s w dw is Σ_k o do, a smaller sum (Dao et al. 2022, app. B.4)."""
+    rows, key, value, mask, weight, found = kept
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    mean = (grad.astype(wide) * found.astype(wide)).sum(axis=-1, keepdims=True)
+    by_weight = jnp.einsum("bgqk,bgsk->bgqs", grad, value, preferred_element_type=wide)
+    by_logit = weight.astype(wide) * (by_weight - mean) * rows.shape[-1] ** -0.5
+    shape = by_logit.shape
+    by_logit = by_logit.reshape(*shape[:2], -1, *mask.shape[1:])  # a row may see nothing at all
+    by_logit = jnp.where(mask[:, None, None], by_logit, 0).reshape(shape).astype(rows.dtype)
+    return (
+        jnp.einsum("bgqs,bgsk->bgqk", by_logit, key),
+        jnp.einsum("bgqs,bgqk->bgsk", by_logit, rows),
+        jnp.einsum("bgqs,bgqk->bgsk", weight, grad),
+        None,
+    )
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 def softmax(
