@@ -171,7 +171,7 @@ class from_text:
         for (row, at), text in texts.items():
             reward[row, at] = score[row, text] - before.get(row, 0.0)
             before[row] = score[row, text]
-        return reward
+        return jnp.asarray(reward)
 
     def _decode(self):
         if self.decode is not None:
