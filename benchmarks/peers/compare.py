@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"trl": "trl_ppo.py", "tunix": "tunix_ppo.py", "hf": "hf_generate.py"}
+PEERS = {  # environment, program, what it is told beside the directory of the work
+    "trl": ("trl", "trl_ppo.py"),
+    "trl-compiled": ("trl", "trl_ppo.py", "compiled"),
+    "tunix": ("tunix", "tunix_ppo.py"),
+    "hf": ("hf", "hf_generate.py"),
+}
 OURS = "ours"
 TIMES = ("seconds", "rollout", "score", "update")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -111,15 +116,15 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def show(table: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     """The result as two tables: times, and ratios."""
     heads = ("iteration", *TIMES[1:])
-    lines = ["".join([" " * 6, *(f"{x:>22}" for x in heads), "  tokens/s  length  cores  others"])]
+    lines = ["".join([" " * 13, *(f"{x:>22}" for x in heads), "  tokens/s  length  cores  others"])]
     for name, row in table.items():
         cells = "".join(_cell(row["times"].get(key), 3) for key in TIMES)
         counts = f"{row['speed']:10,.0f}{row['tokens'] / rows:8.1f}"
-        lines.append(f"{name:6}{cells}{counts}{row['cores']:7.2f}{row['others']:8.2f}")
+        lines.append(f"{name:13}{cells}{counts}{row['cores']:7.2f}{row['others']:8.2f}")
     lines.append("times as fast as they are we are")
     for name, row in table.items():
         if "ratios" in row:
-            lines.append(f"{name:6}" + "".join(_cell(row["ratios"].get(key), 2) for key in TIMES))
+            lines.append(f"{name:13}" + "".join(_cell(row["ratios"].get(key), 2) for key in TIMES))
     return "\n".join(lines)
 
 
@@ -160,7 +165,8 @@ def main() -> None:
     parser.add_argument("--mean", type=float, help="mean length of a response; default: all full")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="iterations that count; default: 5")
-    parser.add_argument("--peers", default=",".join(PEERS), help="default: all")
+    parser.add_argument("--peers", default="trl,tunix,hf",
+                        help=f"of {', '.join(PEERS)}; default: trl,tunix,hf")  # fmt: skip
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A=VALUE",
                         help="more of benchmarks/ppo.py, such as length=128")  # fmt: skip
     parser.add_argument("--venvs", type=Path, default=HERE / ".venvs", help="as setup.sh made them")
@@ -170,8 +176,9 @@ def main() -> None:
     for name in peers:
         if name not in PEERS:
             parser.error(f"no peer {name!r}; valid: {', '.join(PEERS)}")
-        if not (options.venvs / name / "bin/python").exists():
-            parser.error(f"no {options.venvs / name}: benchmarks/peers/setup.sh {name} makes it")
+        venv = PEERS[name][0]
+        if not (options.venvs / venv / "bin/python").exists():
+            parser.error(f"no {options.venvs / venv}: benchmarks/peers/setup.sh {venv} makes it")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
     mean = [] if options.mean is None else [f"mean={options.mean}"]
@@ -182,11 +189,9 @@ def main() -> None:
         work = json.loads((Path(where) / "work.json").read_text())
         commands = {OURS: ours}
         for name in peers:
-            commands[name] = [
-                str(options.venvs / name / "bin/python"),
-                str(HERE / PEERS[name]),
-                where,
-            ]
+            venv, program, *more = PEERS[name]
+            python = options.venvs / venv / "bin/python"
+            commands[name] = [str(python), str(HERE / program), where, *more]
         try:
             turns, facts = run(commands, Path(where), options.repeats)
         except WorkerError as error:

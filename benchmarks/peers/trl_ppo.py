@@ -6,6 +6,7 @@ Settings: README.md. TRL wants its reward as a model, and its padding as a token
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -75,6 +76,10 @@ def main() -> None:
         return {"tokens": said_tokens(made[0][:, todo["prompt"] :].tolist(), stop)}
 
     ppo_trainer.batch_generation = turns.at_end_of(ppo_trainer.batch_generation, "rollout", tokens)
+    if "compiled" in sys.argv[2:]:  # all but generation
+        for name in ("forward", "get_reward"):
+            made = torch.compile(getattr(ppo_trainer, name), dynamic=False)
+            setattr(ppo_trainer, name, made)
     ppo_trainer.masked_whiten = turns.at_end_of(ppo_trainer.masked_whiten, "score")
     rows = todo["rows"]
     prompts = torch.randint(todo["first"], todo["vocab"], (BATCHES * rows, todo["prompt"]))
