@@ -19,6 +19,7 @@ from rlhf_jax import train as loop
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Derived, From, Frozen, Learner, Rollouts
 from rlhf_jax.data import streams
+from rlhf_jax.feed import RunError
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import (
     dpo,
@@ -37,7 +38,6 @@ from rlhf_jax.rewards import KL
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.step import Misfit, evaluate, update
-from rlhf_jax.train import RunError
 from rlhf_jax.types import Contrast, Labeled, Pairs, Scores, Sequences, Terms
 
 POLICY = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)

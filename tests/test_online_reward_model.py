@@ -17,13 +17,13 @@ from rlhf_jax import train as loop
 from rlhf_jax.advantages import gae, whitened
 from rlhf_jax.config import Config, Derived, From, Frozen, Learner, Rollouts, every
 from rlhf_jax.data import streams
+from rlhf_jax.feed import RunError
 from rlhf_jax.labelling import compare, joined, on_host, resampled
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.objectives import combine, ppo, reward_model, value
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL, from_model, from_text
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.train import RunError
 
 SMALL = Transformer(vocab=264, width=16, layers=1, heads=2, kv_heads=1, mlp=16, context=32)
 SCALAR = replace(SMALL, lm_head=False, value_head=True)

@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 import toy_sft
 
-from rlhf_jax import feed, objectives, runs
+from rlhf_jax import experience, feed, objectives, runs
 from rlhf_jax import train as loop
 from rlhf_jax.checkpoint import Checkpoints, restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
 from rlhf_jax.data import tokenizers
 from rlhf_jax.experiment import load
+from rlhf_jax.feed import RunError
 from rlhf_jax.hostpool import RewardError
 from rlhf_jax.optimizer import sgd
 from rlhf_jax.phases import phase_key
 from rlhf_jax.start import abstract_rollout, abstract_state
-from rlhf_jax.train import RunError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMOKE = EXPERIMENTS / "smoke.py"
@@ -181,11 +181,11 @@ def test_the_host_pays_for_a_chunk_while_the_next_is_sampled_and_the_rows_keep_t
         run = SimpleNamespace(config=replace(config, rollouts=spec), tokenizer=tokenizer,
                               phases=replace(phases, generate=sample))  # fmt: skip
         with jax.set_mesh(phases.mesh):
-            prompts = loop.next_batch(run, spec.prompts, feed.opened(config, spec.prompts))
+            prompts = experience.next_batch(run, spec.prompts, feed.opened(config, spec.prompts))
             params = {"policy": phases.init(0).learners["policy"].params}
-            rollout, reward = loop.paid(run, params, prompts, jax.random.key(0))
+            rollout, reward = experience.paid(run, params, prompts, jax.random.key(0))
             if reward is None:
-                reward = loop.checked_reward(run, rollout, params)
+                reward = experience.checked_reward(run, rollout, params)
         return jax.device_get((rollout, reward))
 
     whole = rollout_of(1)
@@ -215,7 +215,7 @@ def test_sampling_ahead_is_one_step_behind_in_weights_and_resumes_bit_for_bit(tm
         target = target.replace(pending=abstract_rollout(config, phases))
         old, new = kept.restore(2, target), kept.restore(3, target)
         prompts = feed.opened(config, spec.prompts)
-        fourth = [loop.next_batch(run, spec.prompts, prompts) for _ in range(4)][3]
+        fourth = [experience.next_batch(run, spec.prompts, prompts) for _ in range(4)][3]
         params, key = old.learners["policy"].params, phase_key(config.seed, 3, "rollout")
         assert bits(phases.generate(params, fourth, key, spec.sampling)) == bits(new.pending)
 
