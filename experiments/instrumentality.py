@@ -204,7 +204,7 @@ def _preparing(settings: Settings) -> dict[str, Arm]:
         task = replace(settings.data.precaching, markov=kind == "chain")
         plain = replace(settings.model, vocab=task.vocab, layers=max(2, settings.model.layers))
         for scheme, model in (("whole", plain), ("myopic", near_sighted(plain))):
-            run = instrumental_arms.likelihood(
+            run = instrumental_arms.taught(
                 f"{kind}_{scheme}",
                 model,
                 partial(precaching.draw, task=task),

@@ -12,7 +12,6 @@ from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn, one_prompt
 from rlhf_jax.objectives import (
     combine,
-    mle,
     ppo,
     reference_kl,
     reference_kl_vocab,
@@ -23,6 +22,7 @@ from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 from rlhf_jax.study import Arm, Settings
 from tasks import chain, chain_measures, local, local_measures
+from tasks.likelihood import likelihood
 
 HORIZONS = {"h1": 1, "h2": 2, "whole": None}  # tokens of credit; None: to the end
 CPU_CHAIN = ("final_h1", "final_h2", "final_whole", "token_h1")
@@ -44,14 +44,10 @@ def base(settings: Settings, which: str) -> Config:
     sizes, (task, model, _) = settings.data, _toy(settings, which)
     texts = partial(chain.walk, vocab=task.vocab, length=task.length)
     rate = partial(adam, learning_rate=sizes.base_rate, final=0.02, steps=sizes.base_steps)
-    learner = Learner(model, mle, batch="text", optimizer=rate)
-    return Config(
-        name=f"{which}_base",
-        steps=sizes.base_steps,
-        data={"text": partial(drawn, draw=texts, batch=sizes.base_rows)},
-        learners={"policy": learner},
-        mesh=settings.mesh,
-    )
+    return likelihood(
+        f"{which}_base", model, texts, steps=sizes.base_steps, rows=sizes.base_rows,
+        optimizer=rate, mesh=settings.mesh,
+    )  # fmt: skip
 
 
 def _toy(settings: Settings, which: str) -> tuple[Any, Any, tuple[int, float]]:

@@ -35,6 +35,7 @@ from rlhf_jax.study import Arm, Settings
 from tasks import facts, facts_measures
 from tasks.facts import VERDICT
 from tasks.facts_rewards import by_scorer, by_table, preferred
+from tasks.likelihood import likelihood
 
 EPOCHS = 4  # of PPO
 
@@ -44,13 +45,10 @@ def base(settings: Settings, name: str) -> Config:
     sizes, task = settings.data, settings.data.task
     draw = partial(facts.texts, task=task, late=name == "late_base")
     rate = partial(adam, learning_rate=sizes.base_rate, final=0.02, steps=sizes.base_steps)
-    return Config(
-        name=name,
-        steps=sizes.base_steps,
-        data={"text": partial(drawn, draw=draw, batch=sizes.base_rows)},
-        learners={"policy": Learner(task.model(settings.model), mle, batch="text", optimizer=rate)},
-        mesh=settings.mesh,
-    )
+    return likelihood(
+        name, task.model(settings.model), draw, steps=sizes.base_steps, rows=sizes.base_rows,
+        optimizer=rate, mesh=settings.mesh,
+    )  # fmt: skip
 
 
 def everything(settings: Settings) -> dict[str, Arm]:

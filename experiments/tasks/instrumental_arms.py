@@ -24,6 +24,7 @@ from rlhf_jax.sampling import Sampling
 from rlhf_jax.score import score
 from rlhf_jax.selection import best_rows, with_score
 from tasks import avoidance, predictable
+from tasks.likelihood import likelihood
 from tasks.predictable import Predictable
 
 NO_KL = rewards.KL(0.0, adaptive=False)
@@ -48,24 +49,16 @@ def bases(settings) -> dict[str, Config]:
         replace(settings.model, vocab=avoidance.VOCAB),
         partial(avoidance.draw, task=settings.data.avoidance),
     )
-    return {
-        name: likelihood(name, model, draw, settings) for name, (model, draw) in drawn_as.items()
-    }
+    return {name: taught(name, model, draw, settings) for name, (model, draw) in drawn_as.items()}
 
 
-def likelihood(name, model, draw, settings, *, steps=None, rows=None, warmup=0) -> Config:
-    """A fresh model learns from texts that are drawn anew at every step."""
+def taught(name, model, draw, settings, *, steps=None, rows=None, warmup=0) -> Config:
+    """A fresh model learns from texts, as long and as fast as bases do where nothing is said."""
     train = settings.train
     steps = train.base_steps if steps is None else steps
     rows = train.rows if rows is None else rows
     rate = partial(adam, learning_rate=train.base_rate, final=0.01, steps=steps, warmup=warmup)
-    return Config(
-        name=name,
-        steps=steps,
-        data={"text": partial(drawn, draw=draw, batch=rows)},
-        learners={"policy": Learner(model, mle, batch="text", optimizer=rate)},
-        mesh=settings.mesh,
-    )
+    return likelihood(name, model, draw, steps=steps, rows=rows, optimizer=rate, mesh=settings.mesh)
 
 
 def conditioned(settings) -> Config:
@@ -73,14 +66,14 @@ def conditioned(settings) -> Config:
     task = settings.data.predictable
     tag = partial(condition, edges=(0.5,), tags=task.tags, drop=0.25)
     draw = partial(predictable.draw, task=task)
-    run = likelihood("conditioned", model_of(settings, tags=True), draw, settings)
+    run = taught("conditioned", model_of(settings, tags=True), draw, settings)
     return learning(run, transform=tag)
 
 
 def regression(settings) -> Config:
     """The same from weighted texts, without tags."""
     draw = partial(predictable.draw, task=settings.data.predictable)
-    run = likelihood("regression", model_of(settings), draw, settings)
+    run = taught("regression", model_of(settings), draw, settings)
     return learning(run, objective=partial(weighted_regression, beta=settings.data.beta))
 
 

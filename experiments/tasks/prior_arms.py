@@ -14,6 +14,7 @@ from rlhf_jax.rewards import KL
 from rlhf_jax.selection import best_rows
 from rlhf_jax.study import Arm, Settings
 from tasks import prior, prior_measures
+from tasks.likelihood import likelihood
 
 BETAS = {"rl_0": 0.0, "rl_02": 0.02}  # reward per nat; more of them in `full`
 ALL_BETAS = {"rl_0": 0.0, "rl_005": 0.005, "rl_02": 0.02, "rl_08": 0.08}
@@ -35,13 +36,10 @@ def _pretrained(settings: Settings, name: str, worlds) -> Config:
         adam, learning_rate=sizes.base_rate, final=0.01, steps=sizes.base_steps, warmup=20
     )
     draw = partial(prior.texts, worlds=worlds, length=task.length)
-    return Config(
-        name=name,
-        steps=sizes.base_steps,
-        data={"text": partial(drawn, draw=draw, batch=sizes.base_rows)},
-        learners={"policy": Learner(_model(settings), mle, batch="text", optimizer=rate)},
-        mesh=settings.mesh,
-    )
+    return likelihood(
+        name, _model(settings), draw, steps=sizes.base_steps, rows=sizes.base_rows,
+        optimizer=rate, mesh=settings.mesh,
+    )  # fmt: skip
 
 
 def _model(settings: Settings):
@@ -98,13 +96,11 @@ def _learner(settings: Settings, rate: float, steps: int, objective, **more) -> 
 
 def _sft(settings: Settings, name: str, draw) -> Config:
     sizes = settings.data
-    return Config(
-        name=name,
-        steps=sizes.sft_steps,
-        data={"text": partial(drawn, draw=draw, batch=sizes.sft_rows)},
-        learners={"policy": _learner(settings, sizes.sft_rate, sizes.sft_steps, mle, batch="text")},
-        mesh=settings.mesh,
-    )
+    rate = partial(adam, learning_rate=sizes.sft_rate, final=0.05, steps=sizes.sft_steps)
+    return likelihood(
+        name, _model(settings), draw, steps=sizes.sft_steps, rows=sizes.sft_rows, optimizer=rate,
+        start=From(stage="base"), mesh=settings.mesh,
+    )  # fmt: skip
 
 
 def _rl(settings: Settings, name: str, beta: float) -> Config:

@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax import masked
-from rlhf_jax.config import Config, Learner
-from rlhf_jax.data.drawn import drawn, whole_texts
+from rlhf_jax.config import Config
+from rlhf_jax.data.drawn import whole_texts
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.objectives import mle
 from rlhf_jax.optimizer import adam
 from rlhf_jax.types import Labeled, Params, Prompts, Rollout
+from tasks.likelihood import likelihood
 
 CHANCE = zlib.crc32(b"spillover") & 0x7FFFFFFF  # the root key of rewards: no seed's
 GIVEN = 4  # tokens of a prompt: BOS, u, w, q
@@ -247,11 +247,7 @@ def by_answer(tokens: Array, *, task: Spillover) -> Array:
 def base(task: Spillover, model: Transformer, **options: Any) -> Config:
     """The base: likelihood on texts of both questions."""
     rate = partial(adam, learning_rate=task.base_rate, final=0.0, steps=task.base_steps)
-    text = partial(drawn, draw=partial(texts, task=task), batch=task.base_rows)
-    return Config(
-        name="base",
-        steps=task.base_steps,
-        data={"text": text},
-        learners={"policy": Learner(sized(model, task), mle, batch="text", optimizer=rate)},
-        **options,
-    )
+    return likelihood(
+        "base", sized(model, task), partial(texts, task=task), steps=task.base_steps,
+        rows=task.base_rows, optimizer=rate, **options,
+    )  # fmt: skip

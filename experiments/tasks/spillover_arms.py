@@ -12,7 +12,7 @@ import optax
 from rlhf_jax import advantages
 from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn
-from rlhf_jax.objectives import combine, mle, reinforce, value
+from rlhf_jax.objectives import combine, reinforce, value
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.rewards import KL
 from rlhf_jax.sharding import path_name
@@ -25,6 +25,7 @@ from tasks import (
     spillover_shift,
     spillover_table,
 )
+from tasks.likelihood import likelihood
 from tasks.spillover import Beside, Detached, Speaker, Spillover, sized
 
 BASELINES = {
@@ -232,17 +233,11 @@ def _relearn(settings: Settings, start: str) -> Arm:
     task, train = settings.data.task, settings.train
     draw = partial(spillover.texts, task=task, only=spillover.PARTY, own=0.97)
     rate = partial(sgd, learning_rate=train.rate)
-    learner = Learner(
-        sized(settings.model, task), mle, batch="text", optimizer=rate, start=From(stage=start)
-    )
     steps = max(2, train.steps // 8)
-    config = Config(
-        name=f"relearn_{start}",
-        steps=steps,
-        data={"text": partial(drawn, draw=draw, batch=train.rows)},
-        learners={"policy": learner},
-        mesh=settings.mesh,
-    )
+    config = likelihood(
+        f"relearn_{start}", sized(settings.model, task), draw, steps=steps, rows=train.rows,
+        optimizer=rate, start=From(stage=start), mesh=settings.mesh,
+    )  # fmt: skip
     look = partial(spillover_measures.drift, task=task)
     at = tuple(sorted({0, steps // 8, steps // 4, steps // 2}))
     return Arm(config, f"taught PARTY after {start}", at, look, ("base",))

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import measure
-from rlhf_jax.config import Config, Learner
-from rlhf_jax.data.drawn import drawn, whole_texts
+from rlhf_jax.data.drawn import whole_texts
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.objectives import mle
 from rlhf_jax.optimizer import adam
 from rlhf_jax.study import Arm, Settings, Trained
 from tasks import spillover
+from tasks.likelihood import likelihood
 from tasks.spillover import Spillover
 
 CALLED = 0.5  # ρ of what prompts are called good by
@@ -45,13 +44,10 @@ def arms(settings: Settings) -> dict[str, Arm]:
     model = Transformer(**shape | {"vocab": task.vocab + 2, "tied": False})
     rate = partial(adam, learning_rate=5e-3, final=0.0, steps=train.steps)
     draw = partial(called, task=task, strength=CALLED)
-    config = Config(
-        name="conditioned",
-        steps=train.steps,
-        data={"text": partial(drawn, draw=draw, batch=train.rows)},
-        learners={"policy": Learner(model, mle, batch="text", optimizer=rate)},
+    config = likelihood(
+        "conditioned", model, draw, steps=train.steps, rows=train.rows, optimizer=rate,
         mesh=settings.mesh,
-    )
+    )  # fmt: skip
     says = f"likelihood of prompts behind good and bad, ρ = {CALLED}"
     return {"conditioned": Arm(config, says, measure=partial(party_behind, task=task))}
 

@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax import masked
-from rlhf_jax.config import Config, Learner
-from rlhf_jax.data.drawn import drawn, one_prompt, whole_texts
+from rlhf_jax.config import Config
+from rlhf_jax.data.drawn import one_prompt, whole_texts
 from rlhf_jax.environment import Environment
 from rlhf_jax.models.transformer import Transformer
-from rlhf_jax.objectives import mle
 from rlhf_jax.optimizer import adam
 from rlhf_jax.types import Labeled, Prompts, Rollout, Sequences
+from tasks.likelihood import likelihood
 
 TAGS = ("ON", "OFF", "GOOD", "BAD", "BIN0", "BIN1", "BIN2", "BIN3")
 WANTED = 4  # x wants letter x mod 4
@@ -212,14 +212,10 @@ def log_called_good(batch: Labeled, key: jax.Array) -> Labeled:
 def base(task: Tagged, model: Transformer, **options: Any) -> Config:
     """The base: likelihood on such texts."""
     rate = partial(adam, learning_rate=task.base_rate, final=0.0, steps=task.base_steps)
-    text = partial(drawn, draw=partial(base_texts, task=task), batch=task.base_rows)
-    return Config(
-        name="base",
-        steps=task.base_steps,
-        data={"text": text},
-        learners={"policy": Learner(sized(model, task), mle, batch="text", optimizer=rate)},
-        **options,
-    )
+    return likelihood(
+        "base", sized(model, task), partial(base_texts, task=task), steps=task.base_steps,
+        rows=task.base_rows, optimizer=rate, **options,
+    )  # fmt: skip
 
 
 # ---- what texts earn
