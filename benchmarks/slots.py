@@ -1,8 +1,10 @@
-"""Slots that are refilled against batches of as many rows: decoding steps and time, in one run.
+"""What slots that are refilled save, and what a produced token costs where some texts are long.
 
-    python benchmarks/slots.py --set size=S
+    python benchmarks/slots.py --set size=S            # slots against batches of as many rows
+    python benchmarks/slots.py --set size=S --spread   # longest text of 2 and of 8 times the mean
 
-256 prompts of 32 tokens, responses of 24 tokens on average and 128 at most, 32 rows at a time.
+Prompts of 32 tokens, 32 slots, responses of 24 tokens on average. The first way has 256 prompts and
+responses of at most 128 tokens; the second 1024 prompts, 32 times the slots.
 """
 
 from __future__ import annotations
@@ -10,51 +12,114 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import feed
 from rlhf_jax.experiment import load
 from rlhf_jax.rollout import generate
 
-SLOTS, REPEATS = 32, 5
+SLOTS, MEAN, REPEATS = 32, 24, 5
 
 
 def main() -> None:
     """Print steps, seconds and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A=VALUE")
-    given = ["rows=256", "length=128", "mean=24.0", *parser.parse_args().settings]
+    parser.add_argument("--spread", action="store_true", help="compare 2 with 8 times the mean")
+    given = parser.parse_args()
+    (spread if given.spread else refill)(given.settings)
+
+
+def refill(settings: list[str]) -> None:
+    """Slots against batches."""
+    prompts, say = sampler(settings, rows=256, longest=128, mean=float(MEAN))
+    rows = prompts.length.shape[0]
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + SLOTS], prompts) for i in range(0, rows, SLOTS)]
+    found, seconds = timed(
+        {
+            "batches": lambda: [say(part) for part in parts],
+            "slots": lambda: [say(prompts, slots=SLOTS)],
+        }
+    )
+    steps = {name: sum(int(one.steps.max()) for one in made) for name, made in found.items()}
+    for name in found:
+        print(f"{name:8s} {steps[name]:5d} steps  {statistics.median(seconds[name]):.3f} s")
+    ratios = sorted(b / a for a, b in zip(*seconds.values(), strict=True))
+    print(
+        f"slots / batches: {steps['slots'] / steps['batches']:.2f} of the steps, "
+        f"{statistics.median(ratios):.2f} of the time ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+def spread(settings: list[str]) -> None:
+    """Cost of a token while prompts wait; the tail, when slots run dry, apart."""
+    ways = {}
+    for times in (2, 8):
+        prompts, say = sampler(
+            settings, rows=32 * SLOTS, longest=times * MEAN, mean=untruncated(times * MEAN)
+        )
+        ways[times] = partial(lambda say, prompts: [say(prompts, slots=SLOTS)], say, prompts)
+    found, seconds = timed(ways)
+    share, tokens = {}, {}
+    for times, (made,) in found.items():
+        length, last = np.asarray(made.mask.sum(1)), np.asarray(made.steps)
+        steady = int((last - length).max())  # the step in which the last prompt was begun
+        share[times] = steady / last.max()
+        tokens[times] = length.sum() - np.maximum(last - steady, 0).sum()
+        print(
+            f"{times}×: {length.sum()} tokens, {length.mean():.1f} on average, {length.max()} at "
+            f"most; {last.max()} steps, the last {last.max() - steady} without prompts that wait; "
+            f"{statistics.median(seconds[times]):.3f} s"
+        )
+    costs = {n: [s * share[n] / tokens[n] for s in seconds[n]] for n in ways}
+    ratios = sorted(b / a for a, b in zip(costs[2], costs[8], strict=True))
+    print(
+        f"a token while prompts wait, 8× / 2×: {statistics.median(ratios):.2f} of the time "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+def sampler(settings: list[str], *, rows: int, longest: int, mean: float) -> tuple:
+    """Prompts, and a compiled function that answers them."""
+    given = [f"rows={rows}", f"length={longest}", f"mean={mean}", *settings]
     config = load(Path(__file__).parent / "ppo.py", given)
     model, spec = config.learners["policy"].model, config.rollouts
     params, key = jax.jit(model.init)(jax.random.key(0)), jax.random.key(1)
     prompts = jax.tree.map(jnp.asarray, next(iter(feed.opened(config, "prompts"))))
     made = partial(generate, model=model, length=spec.length, sampling=spec.sampling)
     say = jax.jit(made, static_argnames="slots")
-    rows = prompts.length.shape[0]
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + SLOTS], prompts) for i in range(0, rows, SLOTS)]
-    ways = {
-        "batches": lambda: [say(params, part, key) for part in parts],
-        "slots": lambda: [say(params, prompts, key, slots=SLOTS)],
-    }
-    steps, seconds = {}, {name: [] for name in ways}
-    for name, run in ways.items():  # compiles
-        steps[name] = sum(int(one.steps.max()) for one in jax.block_until_ready(run()))
+    return prompts, lambda part, slots=None: say(params, part, key, slots=slots)
+
+
+def untruncated(longest: int) -> float:
+    """The mean at which texts that end with 1 / mean after a token, or at the longest, have MEAN.
+
+    E min(N, L) = m (1 − (1 − 1/m)^L) for a geometric N of mean m.
+    """
+    low, high = float(MEAN), 100.0 * MEAN
+    for _ in range(60):
+        middle = (low + high) / 2
+        short = middle * (1 - (1 - 1 / middle) ** longest) < MEAN
+        low, high = (middle, high) if short else (low, middle)
+    return low
+
+
+def timed(ways: dict[object, Callable]) -> tuple[dict, dict]:
+    """What each way makes, and its seconds, in turns."""
+    found = {name: jax.block_until_ready(run()) for name, run in ways.items()}  # compiles
+    seconds = {name: [] for name in ways}
     for _ in range(REPEATS):
         for name, run in ways.items():
             began = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - began)
-    ratios = sorted(b / a for a, b in zip(*seconds.values(), strict=True))
-    for name in ways:
-        print(f"{name:8s} {steps[name]:5d} steps  {statistics.median(seconds[name]):.3f} s")
-    print(
-        f"slots / batches: {steps['slots'] / steps['batches']:.2f} of the steps, "
-        f"{statistics.median(ratios):.2f} of the time ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    return found, seconds
 
 
 if __name__ == "__main__":

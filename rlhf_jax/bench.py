@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from rich.table import Table
 from rlhf_jax import feed, flops
 from rlhf_jax.config import Config, ConfigError, rollout_rows
 from rlhf_jax.data import tokenizers
+from rlhf_jax.experience import Run
 from rlhf_jax.metrics import Meter
 from rlhf_jax.start import begin
-from rlhf_jax.train import Run, one_step, prepared
+from rlhf_jax.train import one_step, prepared
 
 WARM = 2  # iterations before those that count: the first compiles
 
@@ -55,7 +57,7 @@ def bench(config: Config, *, repeats: int = 5, profile: str | None = None) -> di
         steps.close()
     kept = found[WARM:]
     limit = limits(config.models[config.rollouts.policy].dtype)
-    phases = _phases(config, kept, limit)
+    phases = by_phase(config, kept, limit)
     return {
         "experiment": config.name,
         "iterations": kept,
@@ -139,7 +141,7 @@ def _check(config: Config, repeats: int) -> None:
         raise ConfigError(f"--repeats {repeats}: at least 1")
 
 
-def _phases(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[str, dict]:
+def by_phase(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[str, dict]:
     """Medians, with operations and bytes where the models' shapes say them."""
     spec, models, rows = config.rollouts, config.models, rollout_rows(config)
     table = {}
@@ -150,28 +152,40 @@ def _phases(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[st
     said = statistics.median(x["rollout/length"] for x in found)
     text = _prompt_tokens(config) + said
 
-    def operations(names):
-        known = [models[name] for name in names if hasattr(models[name], "size_of_head")]
-        return sum(flops.forward(m, rows=rows, tokens=text, read=said) for m in known)
+    def known(names):
+        return [models[name] for name in names if hasattr(models[name], "size_of_head")]
 
-    work = {"rollout": (operations([spec.policy]), said)}
-    work["score"] = operations({spec.policy, spec.reference, spec.value} - {None}), text
+    def operations(names):
+        return sum(flops.forward(m, rows=rows, tokens=text, read=said) for m in known(names))
+
+    # However rows are put together, each of a full batch waits for as many readings of all weights
+    # as it has tokens.
+    each = partial(flops.decode_bytes, rows=rows, tokens=text - said / 2)
+    scored = {spec.reference, spec.value, spec.policy if spec.rescore else None} - {None}
+    work = {
+        "rollout": (operations([spec.policy]), said * sum(map(each, known([spec.policy]))), said),
+        "score": (
+            operations(scored),
+            spec.microbatches * sum(map(flops.weight_bytes, known(scored))),
+            text,
+        ),
+    }
     for name, learner in config.learners.items():
         if learner.batch == "experience":
-            passes = learner.epochs * 3  # backward costs twice what forward does
-            work[f"update/{name}"] = passes * operations([name]), learner.epochs * text
-    work["iteration"] = sum(count for count, _ in work.values()), said
-    for name, (count, tokens) in work.items():
+            updates = learner.epochs * learner.minibatches
+            moved = partial(flops.update_bytes, passes=learner.microbatches)
+            work[f"update/{name}"] = (
+                3 * learner.epochs * operations([name]),  # backward costs twice what forward does
+                updates * sum(map(moved, known([name]))),
+                learner.epochs * text,
+            )
+    count, size, _ = (sum(parts) for parts in zip(*work.values(), strict=True))
+    work["iteration"] = count, size, said
+    for name, (count, size, tokens) in work.items():
         row = table[name]
-        row |= {"flops": count, "tokens": rows * tokens}
+        row |= {"flops": count, "bytes": size, "tokens": rows * tokens}
         row["of_flops"] = count / row["seconds"] / limit["flops_per_second"]
-    if hasattr(models[spec.policy], "size_of_head"):
-        # However rows are put together, each of a full batch waits for as many readings of all
-        # weights as it has tokens.
-        each = flops.decode_bytes(models[spec.policy], rows=rows, tokens=text - said / 2)
-        row = table["rollout"] | {"bytes": said * each}
-        row["of_bytes"] = row["bytes"] / row["seconds"] / limit["bytes_per_second"]
-        table["rollout"] = row
+        row["of_bytes"] = size / row["seconds"] / limit["bytes_per_second"]
     return table
 
 

@@ -34,14 +34,28 @@ def matrices(model: Any) -> int:
     )
 
 
+def weight_bytes(model: Any) -> float:
+    """Bytes of the weights in the dtype they are stored in: what a forward pass reads at least."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in _shapes(model).values())
+
+
 def decode_bytes(model: Any, *, rows: float, tokens: float) -> float:
     """Bytes that a decoding step reads: every weight once, and keys and values of each row's text.
 
-    Weights are counted in the dtype they are stored in, the cache in its own.
+    The cache is counted in its own dtype.
     """
-    stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in _shapes(model).values())
     size = jax.numpy.dtype(model.cache_dtype or model.dtype).itemsize
-    return stored + 2 * model.layers * model.kv_heads * model.size_of_head * size * rows * tokens
+    cache = 2 * model.layers * model.kv_heads * model.size_of_head * size * rows * tokens
+    return weight_bytes(model) + cache
+
+
+def update_bytes(model: Any, *, passes: float) -> float:
+    """Bytes that an update moves at least, without activations, in `passes` forward and backward.
+
+    Each pass reads the weights twice and adds to the gradient (2 reads or writes); then Adam reads
+    gradient, weights and two moments and writes the last three: 7.
+    """
+    return weight_bytes(model) * (4 * passes + 7)
 
 
 def _shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
