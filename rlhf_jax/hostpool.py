@@ -81,13 +81,23 @@ class Pool:
 
         for connection in self._alive:
             give(connection)
+        failed: dict[int, RewardError] = {}
         while busy:
             left = min(deadline for _, deadline in busy.values()) - time.monotonic()
             for connection in wait(list(busy), max(left, 0.0)):
                 index, _ = busy.pop(connection)
                 where = f"row {names[index]}\n  text: {_shown(texts[index])}"
-                found[index] = self._answer(connection, where)
-                give(connection)
+                try:
+                    found[index] = self._answer(connection, where)
+                except RewardError as error:
+                    failed[index] = error
+                if not failed:
+                    give(connection)
+            if failed:  # the first is shown: those begun before it are still to answer
+                first = min(failed)
+                busy = {c: own for c, own in busy.items() if own[0] < first}
+                if not busy:
+                    raise failed[first]
             for connection, (index, deadline) in busy.items():
                 if time.monotonic() >= deadline and not connection.poll():
                     raise RewardError(

@@ -32,6 +32,11 @@ def slow(text):
     return 1.0
 
 
+def nan_sooner_if_longer(text):
+    time.sleep(0.5 / len(text))
+    return float("nan") if len(text) > 1 else 1.0
+
+
 def fails_on_b(text):
     return {"a": 1.0}[text[-1]]
 

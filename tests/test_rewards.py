@@ -139,6 +139,12 @@ def test_what_goes_wrong_is_an_error_that_shows_the_row_and_never_a_silent_0(sco
     assert time.monotonic() - began < 20
 
 
+def test_the_first_of_several_that_fail_is_shown_whichever_was_done_first():
+    rows = rollout([3, 2], [3] * 19 + [2], [3, 2])
+    with pytest.raises(RewardError, match="on row 0"):
+        text(host_scores.nan_sooner_if_longer, workers=2)(rows, {})
+
+
 def test_after_a_failure_the_same_reward_works_again():
     reward = text(host_scores.dies_on_b)
     with pytest.raises(RewardError):
