@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 
+from rlhf_jax.check_mesh import check_rows, check_sizes, checked_mesh
 from rlhf_jax.check_models import check_directories
 from rlhf_jax.config import RESERVED, Config, ConfigError, batch_size, rollout_rows
 from rlhf_jax.models import weights
 from rlhf_jax.objectives.presets import Variant
-from rlhf_jax.rollout import check_slots
-from rlhf_jax.sharding import mesh_shape
 
 
 def check(config: Config, *, devices: int) -> None:
@@ -25,12 +24,7 @@ def check(config: Config, *, devices: int) -> None:
     Raises:
         ConfigError: saying what was wrong and what is valid.
     """
-    try:
-        mesh_shape(config.mesh, devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except TypeError as error:
-        raise ConfigError(f"mesh={config.mesh}: three sizes, (data, fsdp, tensor)") from error
+    mesh = checked_mesh(config, devices)
     _check_numbers(config)
     _check_calls(config, "")
     for name, frozen in config.frozen.items():
@@ -83,7 +77,8 @@ def check(config: Config, *, devices: int) -> None:
     if config.rollouts is not None:
         _check_rollouts(config, config.rollouts, exists)
     _check_tags(config)
-    _check_batches(config, devices)
+    check_sizes(config, mesh)
+    check_rows(config, mesh)
 
 
 def _check_base(config, name, learner):
@@ -277,50 +272,4 @@ def _check_tags(config):
             raise ConfigError(
                 f"{where}: the policy could say the control tokens {said} itself; ban them with "
                 f"rollouts.sampling=Sampling(banned={(*banned, *said)})"
-            )
-
-
-def _check_batches(config, devices):
-    """Every minibatch must split evenly over micro-batches and over the devices that share rows."""
-    sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
-    sizes |= {name: batch_size(config, name) for name in config.data}
-    sizes |= {name: one.pool.rows for name, one in config.derived.items() if one.pool is not None}
-    data, fsdp, _ = mesh_shape(config.mesh, devices)
-    if sizes.get("experience") is not None:
-        spec, rows = config.rollouts, sizes["experience"]
-        parts = spec.chunks * spec.samples * data * fsdp
-        if spec.chunks > 1 and rows % parts:
-            raise ConfigError(
-                f"rollouts.chunks: {rows} rows do not divide into {spec.chunks} chunks × "
-                f"{spec.samples} samples × {data * fsdp} devices; use a multiple of {parts}"
-            )
-        try:
-            rows //= spec.chunks
-            check_slots(rows, spec.slots, samples=spec.samples, groups=data * fsdp)
-        except ValueError as error:
-            raise ConfigError(f"rollouts.slots: {error}") from error
-        parts = spec.microbatches * data * fsdp
-        if spec.widths and sizes["experience"] % parts:
-            raise ConfigError(
-                f"rollouts.widths: {sizes['experience']} rows do not divide into "
-                f"{spec.microbatches} micro-batches × {data * fsdp} devices"
-            )
-    for name, learner in config.learners.items():
-        size = sizes.get(learner.batch)  # what is derived is known once it is made
-        parts = learner.minibatches * learner.microbatches * data * fsdp
-        if size is not None and size % parts:
-            up = -(-size // parts) * parts
-            raise ConfigError(
-                f"learners.{name}: {size} rows of {learner.batch!r} do not divide into "
-                f"{learner.minibatches} minibatches × {learner.microbatches} micro-batches × "
-                f"{data * fsdp} devices; use a multiple of {parts}, such as {up}"
-            )
-    for name, evaluation in config.evaluation.items():
-        size, micro = sizes[evaluation.batch], config.learners[evaluation.learner].microbatches
-        parts = micro * data * fsdp
-        if size is not None and size % parts:
-            raise ConfigError(
-                f"evaluation.{name}: {size} rows of {evaluation.batch!r} do not divide into "
-                f"{micro} micro-batches × {data * fsdp} devices; use a multiple of {parts}, "
-                f"such as {-(-size // parts) * parts}"
             )

@@ -163,7 +163,8 @@ class Config:
     rollouts: Rollouts | None = None
     derived: Mapping[str, Derived] = field(default_factory=dict)
     evaluation: Mapping[str, Evaluation] = field(default_factory=dict)
-    mesh: tuple[int, int, int] = (-1, 1, 1)  # data, fsdp, tensor; -1: all devices that are left
+    # data, fsdp, tensor, sequence; -1: all devices that are left
+    mesh: tuple[int, int, int, int] = (-1, 1, 1, 1)
     checkpoint: Checkpointing = Checkpointing()
     max_skipped: int = 5  # non-finite updates in a row after which the run stops
 
@@ -199,7 +200,10 @@ def rollout_rows(config: Config) -> int | None:
 
 def batch_plan(config: Config, *, devices: int) -> dict[str, Any]:
     """What one step does, in numbers: rows, minibatches, optimiser steps, tokens, devices."""
-    plan: dict[str, Any] = {"devices": devices, "mesh (data, fsdp, tensor)": list(config.mesh)}
+    plan: dict[str, Any] = {
+        "devices": devices,
+        "mesh (data, fsdp, tensor, sequence)": list(config.mesh),
+    }
     if config.rollouts is not None:
         spec, rows = config.rollouts, rollout_rows(config)
         plan["rollout"] = {

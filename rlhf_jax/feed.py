@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax.config import Config
 from rlhf_jax.phases import samples_of
 from rlhf_jax.types import Pairs, Prompts
@@ -19,8 +20,9 @@ class RunError(RuntimeError):
 
 def opened(config: Config, name: str, seed: int | None = None) -> Iterator:
     """An iterator over this process's share of a stream; None is the run's own seed."""
-    shard = (jax.process_index(), jax.process_count())
-    return iter(config.data[name](seed=config.seed if seed is None else seed, shard=shard))
+    seed = config.seed if seed is None else seed
+    shard = sharding.row_share(jax.sharding.get_mesh())
+    return iter(config.data[name](seed=seed, shard=shard))
 
 
 def opened_all(config: Config) -> dict[str, Iterator]:

@@ -1,8 +1,8 @@
 """The mesh, and one table from parameter paths to how they are split.
 
 Axes: `data` splits rows and repeats the weights, `fsdp` splits rows and weights, `tensor` splits
-heads, MLP width and vocabulary. Optimiser states end with their parameter's path, so the same table
-splits them.
+heads, MLP width and vocabulary, `sequence` splits the tokens of a row, and weights as `fsdp` does.
+Optimiser states end with their parameter's path, so the same table splits them.
 """
 
 from __future__ import annotations
@@ -10,38 +10,41 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = P(("data", "fsdp"))
+SHARE = ("fsdp", "sequence")  # between whom a weight is divided that all of them need
 
 # First match wins. Kernels are [in, out]; what multiplies the residual stream from the left is
 # split over tensor on its output, what writes into it on its input, so that one all-reduce per
 # block half is all that tensor parallelism costs (Shoeybi et al. 2019, section 3).
 RULES: tuple[tuple[str, P], ...] = (
-    (r"embed/embedding$", P("tensor", "fsdp")),
-    (r"position/embedding$", P(None, "fsdp")),
-    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"embed/embedding$", P("tensor", SHARE)),
+    (r"position/embedding$", P(None, SHARE)),
+    (r"(query|key|value|gate|up)/kernel$", P(SHARE, "tensor")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
-    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(out|down)/kernel$", P("tensor", SHARE)),
     (r"(out|down)/bias$", P()),
-    (r"(query|key|value|gate|up)/lora_a$", P("fsdp", None)),
+    (r"(query|key|value|gate|up)/lora_a$", P(SHARE, None)),
     (r"(query|key|value|gate|up)/lora_b$", P(None, "tensor")),
     (r"(out|down)/lora_a$", P("tensor", None)),
-    (r"(out|down)/lora_b$", P(None, "fsdp")),
+    (r"(out|down)/lora_b$", P(None, SHARE)),
     (r"value_head/(kernel|bias)$", P()),
-    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"head/kernel$", P(SHARE, "tensor")),
     (r"norm/(scale|bias)$", P()),
 )
 
 
 def mesh_shape(shape: Sequence[int], devices: int) -> tuple[int, ...]:
-    """The sizes of a `(data, fsdp, tensor)` mesh; one entry may be -1: all devices that are left.
+    """The sizes of a mesh over `AXES`; one entry may be -1: all devices that are left.
 
     Raises:
         ValueError: if the shape does not use exactly the devices there are.
@@ -50,7 +53,8 @@ def mesh_shape(shape: Sequence[int], devices: int) -> tuple[int, ...]:
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
     if len(sizes) != len(AXES) or not whole or sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes:
         raise ValueError(
-            f"mesh {tuple(sizes)}: needs three positive sizes {AXES}, of which one may be -1"
+            f"mesh {tuple(sizes)}: needs four positive sizes ({', '.join(AXES)}), of which one may "
+            f"be -1, such as {(devices, 1, 1, 1)}"
         )
     known = math.prod(n for n in sizes if n != -1)
     if -1 in sizes and devices % known == 0:
@@ -58,18 +62,47 @@ def mesh_shape(shape: Sequence[int], devices: int) -> tuple[int, ...]:
     if math.prod(sizes) != devices:
         raise ValueError(
             f"mesh {tuple(shape)} over {AXES} does not use exactly the {devices} devices; "
-            f"try ({devices}, 1, 1)"
+            f"try {(devices, 1, 1, 1)}"
         )
     return tuple(sizes)
 
 
-def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence | None = None) -> Mesh:
-    """A `(data, fsdp, tensor)` mesh over the devices; see `mesh_shape`."""
+def make_mesh(shape: Sequence[int] = (-1, 1, 1, 1), devices: Sequence | None = None) -> Mesh:
+    """A mesh over the devices; see `mesh_shape` and `device_grid`."""
     devices = list(jax.devices() if devices is None else devices)
+    grid = device_grid(mesh_shape(shape, len(devices)), devices)
     # Auto: the compiler places collectives. The default, Explicit, breaks every plain gather.
-    types = (AxisType.Auto,) * len(AXES)
-    shape = mesh_shape(shape, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(shape: Sequence[int], devices: Sequence) -> np.ndarray:
+    """The devices in a mesh's order: neighbours on an axis are neighbours in the network.
+
+    Slices, of TPUs or of GPUs that NVLink joins, lie along data, and along fsdp where data is too
+    small; tensor and sequence never leave one.
+
+    Raises:
+        ValueError: if they would have to, saying which sizes fit.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp, tensor, sequence = shape
+    if data * fsdp % slices:
+        each = len(devices) // slices
+        fits = [n for n in range(1, each + 1) if each % n == 0]
+        raise ValueError(
+            f"mesh {tuple(shape)} over {slices} slices (or hosts) of {each} devices: tensor × "
+            f"sequence = {tensor * sequence} must stay inside one and data × fsdp = {data * fsdp} "
+            f"be a multiple of {slices}; tensor × sequence can be {', '.join(map(str, fits))}"
+        )
+    outer = math.gcd(data, slices), slices // math.gcd(data, slices), 1, 1
+    inner = [n // across for n, across in zip(shape, outer, strict=True)]
+    make = partial(mesh_utils.create_device_mesh, inner)
+    if slices > 1:
+        make = partial(mesh_utils.create_hybrid_device_mesh, inner, outer)
+    try:
+        return make(devices=devices)
+    except NotImplementedError:  # an axis that is a part of one of the torus's
+        return make(devices=devices, allow_split_physical_axes=True)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -106,9 +139,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
         found = spec(path, leaf, rules)
         for axis, (size, names) in enumerate(zip(leaf.shape, found, strict=False)):
             names = (names,) if isinstance(names, str) else names or ()
-            parts = 1
-            for name in names:
-                parts *= mesh.shape[name]
+            parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise ValueError(
                     f"{path_name(path)} {tuple(leaf.shape)}: axis {axis} of size {size} does not "
@@ -125,7 +156,7 @@ def spread(tree: Any, devices: Sequence | None = None) -> Any:
 
     An array of which no axis divides is whole on each.
     """
-    mesh = make_mesh((1, -1, 1), devices)
+    mesh = make_mesh((1, -1, 1, 1), devices)
 
     def one(leaf):
         fits = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
@@ -157,6 +188,22 @@ def local(tree: Any) -> Any:
         return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
 
     return jax.tree.map(one, tree)
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process brings, and of how many parts.
+
+    Where tensor or sequence lies across processes, those whose devices hold the same rows bring the
+    same part. Without a mesh every process brings its own.
+    """
+    if mesh.empty:
+        return jax.process_index(), jax.process_count()
+    held: dict[int, set[int]] = {}
+    places = rows(mesh).devices_indices_map((math.prod(mesh.shape[axis] for axis in ROWS[0]),))
+    for device, (place,) in places.items():
+        held.setdefault(device.process_index, set()).add(place.start or 0)
+    shares = sorted({tuple(sorted(own)) for own in held.values()})
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def split_rows(tree: Any, axis: int = 0) -> Any:

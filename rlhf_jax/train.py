@@ -114,11 +114,11 @@ def prepared(config: Config, devices: Sequence[jax.Device] | None = None) -> Pha
     """
     devices = jax.devices() if devices is None else devices
     check(config, devices=len(devices))
-    mesh = sharding.make_mesh(config.mesh, devices)
     try:
+        mesh = sharding.make_mesh(config.mesh, devices)
         with jax.set_mesh(mesh):
             return build(config, mesh)
-    except ValueError as error:  # a weight that does not divide, or has no sharding rule
+    except ValueError as error:  # slices that do not fit; a weight without a sharding rule
         raise ConfigError(str(error)) from error
 
 

@@ -90,7 +90,7 @@ def test_a_step_restores_bit_for_bit_onto_every_mesh(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.save(3, state)
     with Checkpoints(tmp_path) as checkpoints:
-        for shape in ((2, 2, 2), (8, 1, 1), (1, 4, 2), (1, 1, 1)):
+        for shape in ((2, 2, 2, 1), (8, 1, 1, 1), (1, 4, 2, 1), (1, 1, 1, 1)):
             target = on_mesh(state, shape)
             found = checkpoints.restore(3, target)
             assert bits(found) == bits(state)
@@ -108,7 +108,7 @@ def test_data_streams_go_on_at_the_very_next_batch(tmp_path):
         expected = [next(text), next(prompts)]  # after the call, so not what is saved
     again = {"text": stream(1), "prompts": stream(2)}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.restore(1, on_mesh(state, (1, 1, 1)), again)
+        checkpoints.restore(1, on_mesh(state, (1, 1, 1, 1)), again)
     for found, wanted in zip([next(again["text"]), next(again["prompts"])], expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
@@ -133,7 +133,7 @@ def test_an_unknown_stream_is_named(tmp_path):
         checkpoints.save(1, state, {"text": stream()})
         checkpoints.wait()
         with pytest.raises(CheckpointError, match=r"no data stream 'prompts'.*\['text'\]"):
-            checkpoints.restore(1, on_mesh(state, (1, 1, 1)), {"prompts": stream()})
+            checkpoints.restore(1, on_mesh(state, (1, 1, 1, 1)), {"prompts": stream()})
 
 
 def test_the_state_may_be_donated_right_after_saving(tmp_path):
@@ -148,7 +148,7 @@ def test_the_state_may_be_donated_right_after_saving(tmp_path):
             state = jax.tree.map(lambda x: x - 2, state)
         checkpoints.wait()
         for n in range(1, 5):
-            found = checkpoints.restore(n, on_mesh(start, (8, 1, 1)))
+            found = checkpoints.restore(n, on_mesh(start, (8, 1, 1, 1)))
             assert int(found["count"]) == n
             np.testing.assert_array_equal(np.asarray(found["w"]), n)
 
@@ -167,7 +167,7 @@ def test_only_the_last_steps_are_kept_and_frozen_weights_stay(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4, 6]
         assert checkpoints.about(4) == {"seed": 4}
-        found = checkpoints.restore_frozen(on_mesh(frozen, (2, 2, 2)))
+        found = checkpoints.restore_frozen(on_mesh(frozen, (2, 2, 2, 1)))
         assert bits(found) == bits(frozen)
         with pytest.raises(CheckpointError, match="already holds steps"):
             checkpoints.save_frozen(frozen)
@@ -189,23 +189,23 @@ def test_a_state_that_does_not_fit_is_an_error_naming_the_paths(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state())
         checkpoints.wait()
-        wide = on_mesh(make_state(width=32), (1, 1, 1))
+        wide = on_mesh(make_state(width=32), (1, 1, 1, 1))
         with pytest.raises(
             CheckpointError, match=r"learners/policy/params/layer/w: float32\[32, 16\].*\[32, 32\]"
         ):
             checkpoints.restore(1, wide)
-        other = on_mesh(make_state(name="critic"), (1, 1, 1))
+        other = on_mesh(make_state(name="critic"), (1, 1, 1, 1))
         with pytest.raises(CheckpointError, match=r"critic/.*in this run, not in the checkpoint"):
             checkpoints.restore(1, other)
         state = make_state()
         fewer = state.replace(learners={"policy": state.learners["policy"]})
         with pytest.raises(CheckpointError, match="learners/key: in the checkpoint, not in this"):
-            checkpoints.restore(1, on_mesh(fewer, (1, 1, 1)))
+            checkpoints.restore(1, on_mesh(fewer, (1, 1, 1, 1)))
         half = jax.tree.map(
             lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state
         )
         with pytest.raises(CheckpointError, match=r"float32.* saved, bfloat16"):
-            checkpoints.restore(1, on_mesh(half, (1, 1, 1)))
+            checkpoints.restore(1, on_mesh(half, (1, 1, 1, 1)))
 
 
 def cut(content):
@@ -227,7 +227,7 @@ def test_a_damaged_step_is_an_error_that_says_how_to_resume_from_an_earlier_one(
             checkpoints.save(step, state)
     path = data_files(directory / "2")[0]
     path.write_bytes(damage(path.read_bytes()))
-    target = on_mesh(state, (1, 1, 1))
+    target = on_mesh(state, (1, 1, 1, 1))
     with (
         Checkpoints(directory) as checkpoints,
         pytest.raises(CheckpointError, match=r"step 2 .* cannot be read.*resume from step 1") as e,
@@ -250,7 +250,7 @@ def test_no_file_of_a_step_can_be_cut_without_an_error_or_an_intact_state(tmp_pa
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
-        target, caught = on_mesh(state, (1, 1, 1)), 0
+        target, caught = on_mesh(state, (1, 1, 1, 1)), 0
         for path in data_files(tmp_path / "1"):
             whole = path.read_bytes()
             path.write_bytes(cut(whole))
@@ -270,7 +270,7 @@ def test_one_learners_weights_are_read_without_the_rest(tmp_path):
     found = restore_params(tmp_path, "policy")
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
     assert bits(found) == bits(params)
-    target = on_mesh(params, (1, 4, 2))
+    target = on_mesh(params, (1, 4, 2, 1))
     placed = restore_params(tmp_path, "policy", step=7, target=target)
     assert bits(placed) == bits(params)
     assert placed["layer"]["w"].sharding == target["layer"]["w"].sharding
@@ -291,7 +291,7 @@ def test_one_learners_weights_are_read_without_the_rest(tmp_path):
 def test_a_digest_is_the_same_on_every_mesh_and_sees_one_bit_and_every_swap():
     x = jnp.arange(64.0).reshape(8, 8)
     digest = stored.digests({"w": x})
-    for shape in ((2, 2, 2), (8, 1, 1)):
+    for shape in ((2, 2, 2, 1), (8, 1, 1, 1)):
         assert stored.digests(place({"w": x}, shape)) == digest
     seen = {digest["w"]}
     for other in (x.at[3, 3].set(27.000002), x.T, x[::-1], x.at[0, 0].set(-0.0), x * 0):
@@ -324,7 +324,7 @@ def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
         checkpoints.close()
         with Checkpoints(disk / "checkpoints") as checkpoints:
             assert checkpoints.latest() == 1
-            found = checkpoints.restore(1, on_mesh(small, (1, 1, 1)))
+            found = checkpoints.restore(1, on_mesh(small, (1, 1, 1, 1)))
             assert bits(found) == bits(small)
             assert checkpoints.save(2, small)
     finally:

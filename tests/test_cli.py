@@ -39,7 +39,7 @@ def test_every_experiment_loads_and_its_batches_divide(file):
     runs = [value] if isinstance(value, Config) else value.stages.values()
     for one in runs:
         if isinstance(one, Config):
-            check(replace(one, mesh=(1, 1, 1)), devices=1)
+            check(replace(one, mesh=(1, 1, 1, 1)), devices=1)
             jax.eval_shape(
                 lambda one=one: [x.model.init(jax.random.key(0)) for x in one.learners.values()]
             )
@@ -65,8 +65,8 @@ def test_show_prints_every_number_and_the_batch_plan(capsys):
         (["show", SMOKE, "--set", "learners.policy.minibatches=3"], "do not divide into 3"),
         (["show", SMOKE, "--set", "rollouts.sampling.temperature=0.0"], "must be above 0"),
         (["show", SMOKE, "--set", "learners.policy.objective=grpo"], "this is code, not a number"),
-        (["show", SMOKE, "--set", "mesh=(2,2)"], "needs three positive sizes"),
-        (["show", SMOKE, "--set", "mesh=(3,1,1)"], "does not use exactly the 8 devices"),
+        (["show", SMOKE, "--set", "mesh=(2,2)"], "needs four positive sizes"),
+        (["show", SMOKE, "--set", "mesh=(3,1,1,1)"], "does not use exactly the 8 devices"),
         (["show", SMOKE, "--set", "rollouts.microbatches=0"], "must be at least 1"),
         (["show", SMOKE, "--set", "rollouts.length=60"], "exceed the model's context of 64"),
         (["show", SMOKE, "--set", "rollouts.sampling.top_p=2.0"], "needs 0 < top_p ≤ 1"),

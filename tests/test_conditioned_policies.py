@@ -445,7 +445,7 @@ def tagged_run():
 def test_a_run_with_control_tokens_learns_the_same_on_any_mesh(tmp_path):
     alone, spread = (
         train.train(replace(tagged_run(), mesh=mesh), tmp_path / str(n), devices=jax.devices()[:n])
-        for n, mesh in ((1, (1, 1, 1)), (4, (2, 2, 1)))
+        for n, mesh in ((1, (1, 1, 1, 1)), (4, (2, 2, 1, 1)))
     )
     assert int(alone.learners["policy"].step) == 2
     fresh = RUN_MODEL.init(phases.phase_key(0, 0, "init/policy"))

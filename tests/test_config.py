@@ -102,8 +102,8 @@ def test_the_example_is_sound():
          lambda c: c.rollouts.advantage.keywords["advantage"].keywords["trace"], 1.0),
         ("rollouts.shaping.0.scale=3", lambda c: c.rollouts.shaping[0].keywords, {"scale": 3.0}),
         ("data.held out.batch=4", lambda c: c.data["held out"].keywords, {"batch": 4}),
-        ("mesh=[2,2,2]", lambda c: c.mesh, (2, 2, 2)),
-        ("mesh.1=4", lambda c: c.mesh, (-1, 4, 1)),
+        ("mesh=[2,2,2,1]", lambda c: c.mesh, (2, 2, 2, 1)),
+        ("mesh.1=4", lambda c: c.mesh, (-1, 4, 1, 1)),
     ],
 )  # fmt: skip
 def test_a_setting_changes_one_thing_through_dataclasses_mappings_partials_and_tuples(
@@ -135,7 +135,7 @@ def test_settings_apply_in_order_and_reach_into_the_stages_of_a_pipeline():
          "Did you mean 'clip'? Valid: clip, clip_high, dual_clip"),
         ("rollouts.zzz=2", "no 'zzz' here. Valid: reward, length"),
         ("steps.a=2", "no 'a' here. Valid: nothing: it is a plain value"),
-        ("mesh.3=2", "no '3' here. Valid: 0, 1, 2"),
+        ("mesh.4=2", "no '4' here. Valid: 0, 1, 2, 3"),
         ("steps", "--set steps: write it as name.name=value"),
         ("=3", "write it as name.name=value"),
         ("steps=1.5", "'1.5' is float, valid is int (now 10)"),
@@ -245,9 +245,9 @@ def with_rollouts(**fields):
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),
         (with_rollouts(sampling=Sampling(temperature=0.0)), "for greedy decoding set top_k=1"),
         (with_rollouts(sampling=Sampling(top_p=1.5)), "rollouts.sampling.top_p=1.5"),
-        (broken(mesh=(3, 1, 1)), "mesh (3, 1, 1)"),
-        (broken(mesh=(2, 2)), "needs three positive sizes"),
-        (broken(mesh=(-1, -1, 1)), "needs three positive sizes"),
+        (broken(mesh=(3, 1, 1, 1)), "mesh (3, 1, 1, 1)"),
+        (broken(mesh=(2, 2)), "needs four positive sizes"),
+        (broken(mesh=(-1, -1, 1, 1)), "needs four positive sizes"),
         (broken(mesh=8), "mesh=8: "),
     ],
 )  # fmt: skip
@@ -300,12 +300,12 @@ def test_a_batch_only_has_to_divide_over_the_devices_that_share_rows():
         learners={"sft": Learner(MODEL, objectives.mle, batch="text", minibatches=3)},
         frozen={},
         rollouts=None,
-        mesh=(1, 1, -1),
+        mesh=(1, 1, 2, -1),
     )
     check(odd, devices=8)
     with pytest.raises(ConfigError, match="8 devices"):
         check(replace(odd, data={**odd.data, "text": partial(stream, batch=12)},
-                      mesh=(-1, 1, 1)), devices=8)  # fmt: skip
+                      mesh=(-1, 1, 1, 1)), devices=8)  # fmt: skip
 
 
 def test_the_plan_of_a_step_is_in_numbers():

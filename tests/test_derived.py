@@ -107,7 +107,7 @@ CONFIG = Config(
         "comparisons": Derived(longer_first),
         "winners": Derived(winners, of=("comparisons", "text")),
     },
-    mesh=(1, 1, 1),
+    mesh=(1, 1, 1, 1),
 )
 
 

@@ -178,7 +178,7 @@ def taught(**changes):
         rollouts=rollouts,
         data={"prompts": smoke.data["prompts"]},
         evaluation={},
-        mesh=(1, 1, 1),
+        mesh=(1, 1, 1, 1),
     )
 
 

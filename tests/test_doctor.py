@@ -96,13 +96,13 @@ def test_a_wrong_sum_is_a_failure(monkeypatch):
 def test_one_process_ends_with_what_it_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probes, "SIZE", 2**16)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-    good = ["doctor", SMOKE, "--set", "mesh=(1,8,1)", "--checkpoints", str(tmp_path / "run")]
+    good = ["doctor", SMOKE, "--set", "mesh=(1,8,1,1)", "--checkpoints", str(tmp_path / "run")]
     assert cli.main(good) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^ok +mesh +smoke: data 1 × fsdp 8 × tensor 1$", out, re.M)
+    assert re.search(r"^ok +mesh +smoke: data 1 × fsdp 8 × tensor 1 × sequence 1$", out, re.M)
     assert re.search(r"^ok +collective .* over fsdp \(8 devices\)$", out, re.M)
     assert "checkpoints" in out and not list((tmp_path / "run").iterdir())
-    assert cli.main(["doctor", SMOKE, "--set", "mesh=(3,1,1)"]) == 1
+    assert cli.main(["doctor", SMOKE, "--set", "mesh=(3,1,1,1)"]) == 1
     out = capsys.readouterr().out
     assert "does not use exactly the 8 devices" in out and "→ change the experiment" in out
     (tmp_path / "file").write_text("")

@@ -160,7 +160,7 @@ def run_of(**changes):
         data={"episodes": partial(streams.episodes, batch=4)},
         frozen={"reference": Frozen(From("policy"))},
         rollouts=Rollouts(from_environment, **(spec | changes)),
-        mesh=(1, 1, 1),
+        mesh=(1, 1, 1, 1),
     )
 
 
@@ -217,7 +217,7 @@ def test_an_experiment_that_cannot_be_is_answered_at_once(change, message):
 
 def test_an_environment_that_does_not_fit_is_found_before_the_first_step():
     broken = run_of(environment=replace(free_play.key_game(probes=2, price=0.0), forced=2))
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
     with pytest.raises(ValueError, match=r"forced of shape \[2\], not \[1\]"):
         phases.build(broken, mesh)
 

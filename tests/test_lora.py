@@ -99,7 +99,7 @@ def smoke(path, **changes):
         "critic": replace(given.learners["critic"], model=scalar, base="reference"),
     }
     frozen = {"reference": Frozen(From(path=str(path)), plain)}
-    return replace(given, learners=learners, frozen=frozen, **{"mesh": (1, 1, 1), **changes})
+    return replace(given, learners=learners, frozen=frozen, **{"mesh": (1, 1, 1, 1), **changes})
 
 
 @pytest.fixture(scope="module")

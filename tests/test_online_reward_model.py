@@ -70,7 +70,7 @@ def config(oracle, **changes):
             "fresh": Derived(oracle),
             "both": Derived(joined, of=("pairs", "fresh")),
         },
-        mesh=(1, 1, 1),
+        mesh=(1, 1, 1, 1),
     )
     return replace(base, **changes)
 

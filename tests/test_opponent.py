@@ -81,7 +81,7 @@ def test_an_opponent_reads_the_text_and_answers_and_may_be_another_one(talk):
 
 def test_a_mesh_draws_the_same_tokens_with_an_opponent(talk):
     weights = toys.weights(OPPONENT, 0)
-    one, split = talk(weights), talk(weights, (2, 2, 2))
+    one, split = talk(weights), talk(weights, (2, 2, 2, 1))
     assert_array_equal(split.tokens, one.tokens)
     assert_array_equal(split.mask, one.mask)
     assert_allclose(split.logp, one.logp, atol=1e-5)
@@ -90,7 +90,7 @@ def test_a_mesh_draws_the_same_tokens_with_an_opponent(talk):
 
 def test_an_opponents_rows_stay_on_their_devices():
     """Each device computes for the rows that it holds, and for no other's."""
-    mesh = sharding.make_mesh((8, 1, 1))
+    mesh = sharding.make_mesh((8, 1, 1, 1))
     rows, same = sharding.rows(mesh), sharding.replicated(mesh)
     weights = jax.eval_shape(OPPONENT.init, jax.random.key(0))
     state = jax.eval_shape(

@@ -55,7 +55,7 @@ def test_what_is_written_in_shards_is_read_onto_eight_devices_bit_for_bit(name, 
     model, params, path = written(tmp_path, name)
     assert len(list(path.glob("*.safetensors"))) > 2
     assert pretrained.model(path) == model
-    mesh = sharding.make_mesh((2, 2, 2))
+    mesh = sharding.make_mesh((2, 2, 2, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -76,7 +76,7 @@ def test_prompts_that_several_samples_share_are_read_once(model, params):
 
 def test_slots_of_a_mesh_keep_to_their_own_prompts(model, params, plain):
     """Four parts of the rows: no array of texts crosses the mesh inside the loop."""
-    mesh = sharding.make_mesh((2, 2, 2))
+    mesh = sharding.make_mesh((2, 2, 2, 1))
     with jax.set_mesh(mesh):
         rows = jax.device_put(queue(), sharding.rows(mesh))
         made = jax.jit(say, static_argnames=("model", "slots"), out_shardings=sharding.rows(mesh))

@@ -138,7 +138,7 @@ def launch(folder, *more):
     """Submit by the command; the job's number."""
     (folder / "tiny.py").write_text(EXPERIMENT)
     command = ["rlhf-jax", "launch", str(folder / "tiny.py"), "--on", "slurm", "--name", "trial"]
-    command += ["--nodes", "2", "--out", str(folder / "run"), "--set", "mesh=(2,1,1)", *more]
+    command += ["--nodes", "2", "--out", str(folder / "run"), "--set", "mesh=(2,1,1,1)", *more]
     command += ["--set", "checkpoint.every=500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def run(learners, **frozen):
 
 def begun(config, stages=None):
     """The state and the frozen trees on four devices, what was compiled, and the phases."""
-    mesh, texts, real = sharding.make_mesh((1, 2, 2), jax.devices()[:4]), [], jax.jit
+    mesh, texts, real = sharding.make_mesh((1, 2, 2, 1), jax.devices()[:4]), [], jax.jit
 
     def watched(fn, **options):
         program = real(fn, **options)

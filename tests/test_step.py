@@ -214,7 +214,7 @@ class Ruler(toys.Table):
 def test_parts_by_length_are_of_similar_length_and_rows_stay_where_they_are(groups):
     """In each part of a mesh the rows of a part are no longer than those of the next."""
     batch = toys.labeled(32)
-    with jax.set_mesh(sharding.make_mesh((groups, 1, 1), jax.devices()[:groups])):
+    with jax.set_mesh(sharding.make_mesh((groups, 1, 1, 1), jax.devices()[:groups])):
         order = jax.jit(partial(by_length, n=4))(batch)
         made = jax.jit(partial(parts, n=4))(np.asarray(order))
     assert_array_equal(np.sort(order), np.arange(32))
@@ -356,7 +356,7 @@ def test_the_reference_is_neither_changed_nor_given_away_by_an_update():
         data={"text": partial(dict, batch=16)},
         frozen={"reference": Frozen(From("policy"))},
     )
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         built = phases.build(config, mesh)
         state = built.init(0).learners["policy"]

@@ -146,7 +146,7 @@ def test_a_study_can_fail(home):
 def test_the_hash_of_a_base_is_of_what_decides_its_weights(monkeypatch):
     base = tiny_study.config().bases["base"]
     assert digest.digest(base, {}, together=True) == digest.digest(base, {}, together=True)
-    free = replace(base, name="else", seed=3, mesh=(1, 1, 1))
+    free = replace(base, name="else", seed=3, mesh=(1, 1, 1, 1))
     assert digest.digest(base, {}, together=True) == digest.digest(free, {}, together=True)
     learner = base.learners["policy"]
     different = [

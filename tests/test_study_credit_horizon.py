@@ -314,7 +314,7 @@ def test_every_preset_can_be_run(preset):
     assert len(made.primaries) == 6 and made.seeds == (1 if preset == "cpu_ci" else 8)
     for run in made.configs.values():
         if made.together:
-            check(replace(run, mesh=(1, 1, 1)), devices=1)
+            check(replace(run, mesh=(1, 1, 1, 1)), devices=1)
             assert not obstacles(run)
         else:
             check(run, devices=8)

@@ -342,7 +342,7 @@ def test_every_preset_is_a_study_that_can_run(preset, given):
     for name, run in {**made.bases, **made.configs}.items():
         assert set(starts(run)) <= known, name
         known.add(name)
-        check(replace(run, mesh=(1, 1, 1)), devices=1)
+        check(replace(run, mesh=(1, 1, 1, 1)), devices=1)
         assert not settings.together or not obstacles(run), name
     for arm in made.arms.values():
         assert set(arm.needs) <= known

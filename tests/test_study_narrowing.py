@@ -118,6 +118,6 @@ def test_an_interruption_stands_behind_the_same_opening(sentences):
 
 
 def test_settings_reach_both_arms():
-    made = narrowing.config(replace(narrowing.PRESETS["cpu"], mesh=(1, 1, 1)))
+    made = narrowing.config(replace(narrowing.PRESETS["cpu"], mesh=(1, 1, 1, 1)))
     assert {arm.run.steps for arm in made.arms.values()} == {60}
     assert made.arms["ppo"].run.rollouts.show == 0

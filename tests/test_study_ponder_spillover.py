@@ -334,7 +334,7 @@ def test_every_arm_of_every_preset_is_a_run_that_could_start(preset):
     study = ponder_spillover.config(ponder_spillover.PRESETS[preset])
     for run in study.configs.values():
         if preset in ("cpu_ci", "cpu"):
-            check(replace(run, mesh=(1, 1, 1)), devices=1)
+            check(replace(run, mesh=(1, 1, 1, 1)), devices=1)
     assert {f"r1_{name}" for name in spillover_arms.BASELINES} <= set(study.arms)
     assert set(ponder_spillover.PRESETS["cpu_ci"].arms) <= set(study.arms)
 

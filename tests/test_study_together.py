@@ -65,7 +65,7 @@ def test_each_seed_is_the_run_of_that_seed(tmp_path):
     assert np.isnan(np.concatenate([x["critic/loss"] for x in curves], axis=1)[:, 1::2]).all()
     for place, seed in enumerate(seeds):
         alone = train(
-            replace(config, seed=seed, mesh=(1, 1, 1)),
+            replace(config, seed=seed, mesh=(1, 1, 1, 1)),
             tmp_path / str(seed),
             devices=jax.devices()[:1],
         )

@@ -338,7 +338,7 @@ def test_every_arm_of_every_preset_can_run(preset):
     settings = token_feedback.PRESETS[preset]
     for name, run in token_feedback.config(settings).configs.items():
         assert isinstance(run, Config), name
-        check(replace(run, mesh=(1, 1, 1)), devices=1)
+        check(replace(run, mesh=(1, 1, 1, 1)), devices=1)
         assert not settings.together or not obstacles(run)
 
 

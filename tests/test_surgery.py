@@ -379,7 +379,7 @@ def test_a_run_starts_a_probe_from_a_deeper_model():
     spec = Learner(replace(MODEL, layers=3), objectives.mle, batch="text")
     probe = replace(CONFIG.learners["probe"], model=Probe.of(spec.model, layers=2))
     config = replace(CONFIG, learners={"policy": spec, "probe": probe})
-    made = phases.build(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+    made = phases.build(config, sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]))
     state, _ = begin(config, made, {})
     policy, found = (state.learners[name].params for name in ("policy", "probe"))
     assert sorted(set(policy) - set(found)) == ["head", "layers_2"]

@@ -36,7 +36,7 @@ SMOKE = EXPERIMENTS / "smoke.py"
 
 
 def smoke(**changes) -> Config:
-    return replace(load(SMOKE), mesh=(1, 1, 1), **changes)
+    return replace(load(SMOKE), mesh=(1, 1, 1, 1), **changes)
 
 
 def train(config, out, **options):
@@ -94,7 +94,7 @@ def test_the_reward_model_learns_at_every_second_step_and_the_others_at_each(who
 
 def test_a_run_resumes_on_another_mesh_from_the_same_bits(whole, tmp_path):
     state, _ = whole
-    config = replace(smoke(steps=4), mesh=(2, 2, 2))
+    config = replace(smoke(steps=4), mesh=(2, 2, 2, 1))
     resumed = train(config, stopped(whole, tmp_path, 3), resume=True)
     # The weights restored are the same bits; one step later only the order of sums differs.
     chex.assert_trees_all_close(

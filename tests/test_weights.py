@@ -61,7 +61,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_filling_keeps_the_targets_dtypes_and_shardings_and_takes_the_values(small, tree):
-    mesh = sharding.make_mesh((2, 2, 2))
+    mesh = sharding.make_mesh((2, 2, 2, 1))
     parts = sharding.shardings(tree, mesh)
     target = jax.device_put(jax.tree.map(jnp.zeros_like, tree), parts)
     source = jax.tree.map(np.asarray, tree)
@@ -112,7 +112,7 @@ def test_every_leaf_that_does_not_fit_is_listed(small, tree):
 
 
 def test_a_leafs_sharding_may_come_from_a_shape_alone(tree):
-    mesh = sharding.make_mesh((8, 1, 1))
+    mesh = sharding.make_mesh((8, 1, 1, 1))
     whole = NamedSharding(mesh, P())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
     found = weights.fill(target, tree, origin="x")

@@ -20,7 +20,7 @@ def config(steps=100_000, **learner) -> Config:
     return Config(
         name="sft",
         steps=steps,
-        mesh=(1, 1, 1),
+        mesh=(1, 1, 1, 1),
         data={"text": text},
         learners={"policy": replace(policy, **learner)},
         checkpoint=Checkpointing(every=10),

@@ -36,7 +36,7 @@ def config(path):
     learner = Learner(
         model, objectives.mle, batch="text", optimizer=rate, start=From(path=str(path))
     )
-    return Config("x", 1, {"policy": learner}, {"text": dict}, mesh=(1, 2, 1))
+    return Config("x", 1, {"policy": learner}, {"text": dict}, mesh=(1, 2, 1, 1))
 
 
 def check(params):
@@ -53,7 +53,7 @@ def check(params):
 
 def main(task, port, rank, path):
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
-    mesh, given = sharding.make_mesh((1, 2, 1)), config(path / "model")
+    mesh, given = sharding.make_mesh((1, 2, 1, 1)), config(path / "model")
     found = {"base": peak()}
     with jax.set_mesh(mesh):
         state, _ = start.begin(given, phases.build(given, mesh), {})

@@ -63,7 +63,7 @@ PRESETS = {
     ),
     "pod": replace(
         CPU, model=replace(LARGE, width=1024, mlp=2816), data=Sizes(prompts=4096),
-        train=Train(steps=400, rows=2048, rate=5e-5), mesh=(-1, 4, 1),
+        train=Train(steps=400, rows=2048, rate=5e-5), mesh=(-1, 4, 1, 1),
     ),
 }  # fmt: skip
 

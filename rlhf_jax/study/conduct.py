@@ -105,7 +105,7 @@ def _check(study: Study, chosen: Sequence[str]) -> None:
             continue
         try:
             if study.together:
-                check(replace(run, mesh=(1, 1, 1)), devices=1)
+                check(replace(run, mesh=(1, 1, 1, 1)), devices=1)
                 if wrong := obstacles(run):
                     raise ConfigError(
                         f"it cannot train all seeds in one program: {'; '.join(wrong)}; set "

@@ -46,7 +46,8 @@ class Settings:
     full: bool = False  # arms that no primary needs, too
     arms: tuple[str, ...] = ()  # those that are run; none named: all
     together: bool = True  # all seeds in one program; False: one run after another, on the mesh
-    mesh: tuple[int, int, int] = (-1, 1, 1)  # data, fsdp, tensor, of runs one after another
+    # data, fsdp, tensor, sequence, of runs one after another
+    mesh: tuple[int, int, int, int] = (-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
