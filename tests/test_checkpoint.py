@@ -86,7 +86,7 @@ def data_files(step):
 
 
 def test_a_step_restores_bit_for_bit_onto_every_mesh(tmp_path):
-    state = place(make_state(), (2, 2, 2))
+    state = place(make_state(), (2, 2, 2, 1))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.save(3, state)
     with Checkpoints(tmp_path) as checkpoints:
@@ -139,7 +139,7 @@ def test_an_unknown_stream_is_named(tmp_path):
 def test_the_state_may_be_donated_right_after_saving(tmp_path):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     start = {"w": jnp.zeros((512, 512)), "count": jnp.zeros((), jnp.int32)}
-    state = place(start, (8, 1, 1))
+    state = place(start, (8, 1, 1, 1))
     with Checkpoints(tmp_path, keep=5) as checkpoints:
         for n in range(1, 5):
             state = step(state)
@@ -263,7 +263,7 @@ def test_no_file_of_a_step_can_be_cut_without_an_error_or_an_intact_state(tmp_pa
 
 
 def test_one_learners_weights_are_read_without_the_rest(tmp_path):
-    state = place(make_state(), (2, 2, 2))
+    state = place(make_state(), (2, 2, 2, 1))
     params = state.learners["policy"].params
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(7, state)

@@ -110,7 +110,7 @@ def moved():
 
 
 def test_an_adapter_moves_alike_on_every_mesh_and_its_base_does_not(moved):
-    expected, loss = moved((1, 1, 1))
+    expected, loss = moved((1, 1, 1, 1))
     assert all(np.abs(x).max() > 1e-4 for x in expected.values())
     for shape in ((8, 1, 1, 1), (2, 2, 2, 1)):
         found, said = moved(shape)

@@ -189,7 +189,7 @@ SPREAD = Transformer(vocab=80, width=32, layers=2, heads=8, kv_heads=4, mlp=96, 
 
 @pytest.fixture(scope="module")
 def made():
-    """A state that was created on (2, 2, 2), the program that did it, and its shardings."""
+    """A state that was created on (2, 2, 2, 1), the program that did it, and its shardings."""
     learner = Learner(
         SPREAD, objectives.mle, batch="text", optimizer=partial(adam, learning_rate=1.0)
     )
