@@ -57,18 +57,19 @@ def check_rows(config: Config, mesh: Sequence[int]) -> None:
     sizes = {"experience": rollout_rows(config)} if config.rollouts is not None else {}
     sizes |= {name: batch_size(config, name) for name in config.data}
     sizes |= {name: one.pool.rows for name, one in config.derived.items() if one.pool is not None}
-    data, fsdp, _, _ = mesh
+    data, fsdp, _, sequence = mesh
     if sizes.get("experience") is not None:
         spec, rows = config.rollouts, sizes["experience"]
-        parts = spec.chunks * spec.samples * data * fsdp
+        writers = data * fsdp * sequence
+        parts = spec.chunks * spec.samples * writers
         if spec.chunks > 1 and rows % parts:
             raise ConfigError(
                 f"rollouts.chunks: {rows} rows do not divide into {spec.chunks} chunks × "
-                f"{spec.samples} samples × {data * fsdp} devices; use a multiple of {parts}"
+                f"{spec.samples} samples × {writers} devices; use a multiple of {parts}"
             )
         try:
             rows //= spec.chunks
-            check_slots(rows, spec.slots, samples=spec.samples, groups=data * fsdp)
+            check_slots(rows, spec.slots, samples=spec.samples, groups=writers)
         except ValueError as error:
             raise ConfigError(f"rollouts.slots: {error}") from error
         parts = spec.microbatches * data * fsdp

@@ -72,7 +72,7 @@ class Learner:
     start: From | None = None  # None: fresh weights
     base: str | None = None  # a frozen tree with the weights that it does not train; None: none
     trains: str = "lora_|value_head"  # with a base: regular expression of the paths it trains
-    chunk: int = 2048  # tokens whose logits are in memory at once
+    chunk: int = 2048  # tokens whose logits a device has in memory at once
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from rlhf_jax import environment as environments
 from rlhf_jax.environment import Environment
 from rlhf_jax.models import cache as caches
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.sharding import row_groups
+from rlhf_jax.sharding import WRITERS, row_groups, split_rows
 from rlhf_jax.types import Params, Prompts, Rollout
 from rlhf_jax.writing import Desk, Slots, Writer, started
 
@@ -58,6 +58,7 @@ def generate(
     the same prompt, which is then read once. Without slots the cache can grow in so many `windows`,
     each a loop of its own, so that a step reads what was written and not what may be.
     """
+    prompts = split_rows(prompts, over=WRITERS)
     keys = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(
         prompts.prompt_id, prompts.sample_id
     )
@@ -70,7 +71,7 @@ def generate(
     b, p = prompts.tokens.shape
     capacity = p + length * (1 + k)
     plain = slots is None or slots >= b
-    size, groups = b if plain else slots, 1 if plain else row_groups()
+    size, groups = b if plain else slots, 1 if plain else row_groups(WRITERS)
     check_slots(b, slots, samples=samples, groups=groups)
     wave = max(1, size // groups // WAVE // samples) * samples
     writer = Writer(

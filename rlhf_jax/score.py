@@ -10,6 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rlhf_jax.sampling import log_probabilities
+from rlhf_jax.sharding import (
+    WRITERS,
+    by_group,
+    row_groups,
+    split_rows,
+    token_groups,
+    whole_rows,
+)
 from rlhf_jax.types import Params, Scores, Sequences
 
 
@@ -25,17 +33,16 @@ def score(
 ) -> Scores:
     """What the model `self`, and every other named one, says about a batch.
 
-    Logits exist for about `chunk` tokens at a time, under `jax.checkpoint`, so `[b, t, v]` is never
-    alive. In the same pass `vocab(logits, batch_slice) -> {name: [c]}` may reduce the vocabulary:
-    `logits[name]` is `[c, v]`, at the batch's temperature, for the c tokens of the slice. Only
-    `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands there.
+    A device has logits of about `chunk` tokens at a time, under `jax.checkpoint`, so `[b, t, v]` is
+    never alive. In the same pass `vocab(logits, batch_slice) -> {name: [c]}` may reduce the
+    vocabulary: `logits[name]` is `[c, v]`, at the batch's temperature, for the slice's c tokens.
+    Only `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands there.
 
     Behind the first `width` tokens there is only padding, and no row has more than `most` tokens
     in the mask: the rest is not computed (None: all of it is).
     """
     shape = batch.tokens.shape
-    flat = _narrowed(_flatten_groups(batch), width)
-    missing = shape[-1] - flat.tokens.shape[1]
+    flat = _lengthened(_narrowed(_flatten_groups(batch), width))
     params = {
         name: tree if name == "self" else jax.lax.stop_gradient(tree)
         for name, tree in params.items()
@@ -48,7 +55,7 @@ def score(
     extra = {}
     if any(models[name].lm_head for name in params):
         before = {name: _shift(hidden[name]) for name in params if models[name].lm_head}
-        per_name, extra = _over_masked(params, before, flat, models, vocab, chunk, most)
+        per_name, extra = _over_parts(params, before, flat, models, vocab, chunk, most)
         found.update(per_name)
     for name in params:
         if models[name].value_head:
@@ -56,8 +63,9 @@ def score(
             found[name] |= {"value": _shift(after), "reward": after}
 
     def finish(x):  # select, so that neither a value nor a gradient leaks from padding
-        x = jnp.where(flat.mask, x.astype(jnp.float32), 0.0)
-        return jnp.pad(x, ((0, 0), (0, missing))).reshape(shape)
+        x = jnp.where(flat.mask, x.astype(jnp.float32), 0.0)[:, : shape[-1]]
+        # What follows looks along rows: their tokens lie together again.
+        return split_rows(jnp.pad(x, ((0, 0), (0, shape[-1] - x.shape[1])))).reshape(shape)
 
     found, extra = jax.tree.map(finish, (found, extra))
     others = {
@@ -68,7 +76,10 @@ def score(
 
 def _shift(x: Array) -> Array:
     """Index t gets what was known before token t; nothing is known before the first."""
-    return jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+    # One operation, of which a mesh that splits tokens makes the exchange of one token.
+    return jax.lax.pad(
+        x, jnp.zeros((), x.dtype), [(0, 0, 0), (1, -1, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    )
 
 
 def _flatten_groups(batch: Sequences) -> Sequences:
@@ -91,8 +102,34 @@ def _narrowed(batch: Sequences, width: int | None) -> Sequences:
     return jax.tree.map(lambda x: x[:, :width] if _per_token(x, t) else x, batch)
 
 
+def _lengthened(batch: Sequences) -> Sequences:
+    """With so much padding behind that a mesh splits the tokens of a row evenly."""
+    t, parts = batch.tokens.shape[1], token_groups()
+
+    def one(x):
+        behind = ((0, 0), (0, -t % parts)) + ((0, 0),) * (x.ndim - 2)
+        return jnp.pad(x, behind) if _per_token(x, t) else x
+
+    return jax.tree.map(one, batch) if t % parts else batch
+
+
 def _per_token(x: Array, t: int) -> bool:
     return x.ndim > 1 and x.shape[1] == t
+
+
+def _over_parts(params, hidden, batch, models, vocab, chunk, most):
+    """`_over_masked`; where a mesh splits the tokens of a row, each part is a row of its own."""
+    t, parts = batch.tokens.shape[1], token_groups()
+    if parts == 1:
+        return _over_masked(params, hidden, batch, models, vocab, chunk, most)
+
+    def part(x):
+        if _per_token(x, t):
+            return by_group(x)
+        return by_group(jnp.repeat(x[:, None], parts, axis=1))[:, 0]
+
+    cut = jax.tree.map(part, (hidden, batch))
+    return jax.tree.map(whole_rows, _over_masked(params, *cut, models, vocab, chunk, most))
 
 
 def _over_masked(params, hidden, batch, models, vocab, chunk, most):
@@ -115,7 +152,7 @@ def _over_masked(params, hidden, batch, models, vocab, chunk, most):
 def _over_vocabulary(params, hidden, batch, models, vocab, chunk):
     """logp, entropy and what `vocab` wants, a few token columns at a time."""
     b, t = batch.tokens.shape
-    width = max(1, min(t, chunk // b))
+    width = max(1, min(t, chunk * row_groups(WRITERS) // b))  # each device has its own rows
     temperature = getattr(batch, "temperature", jnp.ones((b,), jnp.float32))
 
     def columns(x):  # [b, t, ...] -> [chunks, b, width, ...]; rows keep their place on the mesh

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = P(("data", "fsdp"))
+WRITERS = P(("data", "fsdp", "sequence"))  # rows that are being written: one token has no sequence
 SHARE = ("fsdp", "sequence")  # between whom a weight is divided that all of them need
 
 # First match wins. Kernels are [in, out]; what multiplies the residual stream from the left is
@@ -206,29 +207,60 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
-def split_rows(tree: Any, axis: int = 0) -> Any:
-    """Inside a compiled function: keep `axis` of every array split over data and fsdp.
+def split(x: jax.Array, *axes: Any) -> jax.Array:
+    """Inside a compiled function: keep the axes of an array split so; those not named are whole.
 
     Without a mesh in context (one device, `vmap` over seeds) it does nothing.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, P(*(None,) * axis, *ROWS)), tree
-    )
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def row_groups() -> int:
+def split_rows(tree: Any, axis: int = 0, over: P = ROWS) -> Any:
+    """Inside a compiled function: keep `axis` of every array split over those who share rows."""
+    return jax.tree.map(lambda x: split(x, *(None,) * axis, *over), tree)
+
+
+def split_tokens(tree: Any) -> Any:
+    """Inside a compiled function: keep arrays [b, t, …] split by rows and by their tokens."""
+    return jax.tree.map(lambda x: split(x, *ROWS, "sequence"), tree)
+
+
+def row_groups(over: P = ROWS) -> int:
     """Inside a compiled function: into how many parts the mesh splits rows."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in ROWS[0]) if "data" in mesh.axis_names else 1
+    return math.prod(mesh.shape[axis] for axis in over[0]) if "data" in mesh.axis_names else 1
+
+
+def token_groups() -> int:
+    """Inside a compiled function: into how many parts the mesh splits the tokens of a row."""
+    return row_groups(WRITERS) // row_groups()
+
+
+def by_group(x: jax.Array) -> jax.Array:
+    """Inside a compiled function: [b, t, …] as [b · s, t / s, …], each part of a row a row.
+
+    No token leaves its device. `whole_rows` is its inverse.
+    """
+    groups, parts, (b, t, *rest) = row_groups(), token_groups(), x.shape
+    found = split(x.reshape(groups, b // groups, parts, t // parts, *rest), *ROWS, None, "sequence")
+    found = split(found.swapaxes(1, 2), *ROWS, "sequence")
+    return split_rows(found.reshape(b * parts, t // parts, *rest), over=WRITERS)
+
+
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Inside a compiled function: the [b, t, …] of which `by_group` made x."""
+    groups, parts, (rows, part, *rest) = row_groups(), token_groups(), x.shape
+    found = split(x.reshape(groups, parts, rows // parts // groups, part, *rest), *ROWS, "sequence")
+    found = split(found.swapaxes(1, 2), *ROWS, None, "sequence")
+    return split_tokens(found.reshape(rows // parts, part * parts, *rest))
 
 
 def gather_columns(embedding: jax.Array) -> jax.Array:
     """Inside a compiled function: an embedding table split over the vocabulary only.
 
-    A lookup in a table split both ways makes XLA rematerialise it in full.
+    A lookup in a table split both ways makes XLA rematerialise it in full. Where the table lies is
+    said first, so that what travels is this array and not one that it was made of.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return embedding
-    return jax.lax.with_sharding_constraint(embedding, P("tensor", None))
+    return split(split(embedding, "tensor", SHARE), "tensor", None)

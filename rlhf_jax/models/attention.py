@@ -41,20 +41,21 @@ def grouped_attention(
     With `cap` logits are cap · tanh(logit / cap) (Gemma 2), which no fused kernel has.
     """
     (b, t, h, size), g = query.shape, key.shape[2]
-    # [b, g, h/g · t, k]: the heads that share a key are rows of one product.
-    rows = query.reshape(b, t, g, h // g, size).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, size)
+    # [b, g, t · h/g, k]: the heads that share a key are rows of one product. Tokens go first: a
+    # mesh that splits them splits the rows.
+    rows = query.reshape(b, t, g, h // g, size).transpose(0, 2, 1, 3, 4).reshape(b, g, -1, size)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     found = _mixed(rows, key, value, mask) if cap is None else _mix(rows, key, value, mask, cap)[0]
-    return found.reshape(b, g, -1, t, size).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    return found.reshape(b, g, t, -1, size).transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
 
 def _mix(rows, key, value, mask, cap=None):
-    """What rows [b, g, q, k] read, and their weights [b, g, q, s]; q is h/g times t."""
+    """What rows [b, g, q, k] read, and their weights [b, g, q, s]; q is t times h/g."""
     b, g, q, size = rows.shape
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     logit = jnp.einsum("bgqk,bgsk->bgqs", rows, key, preferred_element_type=wide)
-    logit = logit.reshape(b, g, -1, *mask.shape[1:]) * size**-0.5
-    weight = softmax(logit, mask[:, None, None], cap=cap)
+    logit = logit.reshape(b, g, mask.shape[1], -1, mask.shape[2]) * size**-0.5
+    weight = softmax(logit, mask[:, None, :, None], cap=cap)
     weight = weight.reshape(b, g, q, -1).astype(value.dtype)
     return jnp.einsum("bgqs,bgsk->bgqk", weight, value), weight
 
@@ -77,8 +78,9 @@ def _mixed_backward(kept, grad):
     by_weight = jnp.einsum("bgqk,bgsk->bgqs", grad, value, preferred_element_type=wide)
     by_logit = weight.astype(wide) * (by_weight - mean) * rows.shape[-1] ** -0.5
     shape = by_logit.shape
-    by_logit = by_logit.reshape(*shape[:2], -1, *mask.shape[1:])  # a row may see nothing at all
-    by_logit = jnp.where(mask[:, None, None], by_logit, 0).reshape(shape).astype(rows.dtype)
+    # A row may see nothing at all.
+    by_logit = by_logit.reshape(*shape[:2], mask.shape[1], -1, mask.shape[2])
+    by_logit = jnp.where(mask[:, None, :, None], by_logit, 0).reshape(shape).astype(rows.dtype)
     return (
         jnp.einsum("bgqs,bgsk->bgqk", by_logit, key),
         jnp.einsum("bgqs,bgqk->bgsk", by_logit, rows),

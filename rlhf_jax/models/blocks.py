@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,15 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.cache import attention as cached_attention
 from rlhf_jax.models.cache import grown, placed, plain, written
-from rlhf_jax.sharding import gather_columns, split_rows
+from rlhf_jax.sharding import (
+    ROWS,
+    WRITERS,
+    gather_columns,
+    split,
+    split_rows,
+    split_tokens,
+    token_groups,
+)
 
 if TYPE_CHECKING:
     from rlhf_jax.models.transformer import Transformer
@@ -64,10 +72,10 @@ def _kept(x: Array) -> Array:
     derivative. It looks through its own barrier, but not through a product of matrices.
     """
 
-    def product(x):
-        return (x.reshape(-1, x.shape[-1]) @ jnp.eye(x.shape[-1])).reshape(x.shape)
+    def times_one(x):
+        return product(x, jnp.eye(x.shape[-1]))
 
-    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x)
+    return jax.lax.platform_dependent(x, cpu=times_one, default=lambda x: x)
 
 
 def rotate(x: Float[Array, "b t h k"], turn: tuple[Array, Array]) -> Array:
@@ -83,11 +91,19 @@ def rotate(x: Float[Array, "b t h k"], turn: tuple[Array, Array]) -> Array:
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-class _Linear(nn.Module):
-    """`x @ kernel`, a bias, a term of low rank; on two-dimensional operands.
+def product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
+    """`x @ kernel`, on two-dimensional operands where that moves nothing.
 
-    A three-dimensional product makes XLA:CPU transpose whole activations in the backward pass.
+    A three-dimensional product makes XLA:CPU transpose whole activations in the backward pass. But
+    where a mesh splits both rows and their tokens, the two axes cannot become one.
     """
+    if token_groups() > 1:
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class _Linear(nn.Module):
+    """`x @ kernel`, a bias, a term of low rank."""
 
     features: int
     model: Transformer
@@ -99,19 +115,18 @@ class _Linear(nn.Module):
         dtype, stored = self.model.dtype, jnp.dtype(self.model.param_dtype)
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features), stored)
-        flat = x.reshape(-1, x.shape[-1])
-        found = flat @ kernel.astype(dtype)
+        found = product(x, kernel.astype(dtype))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), stored)
-            found = found + bias.astype(dtype)[None]
+            found = found + bias.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         lora = self.model.lora
         if lora is not None and re.fullmatch(lora.on, self.name):
             init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as PEFT
             down = self.param("lora_a", init, (x.shape[-1], lora.rank), jnp.float32)
             up = self.param("lora_b", nn.initializers.zeros, (lora.rank, self.features))
-            low = (flat @ down.astype(dtype)) @ up.astype(dtype)
+            low = product(product(x, down.astype(dtype)), up.astype(dtype))
             found = found + jnp.asarray(lora.alpha / lora.rank, dtype) * low
-        return found.reshape(*x.shape[:-1], self.features)
+        return found
 
 
 class _Norm(nn.Module):
@@ -145,7 +160,29 @@ class _Embed(nn.Module):
     def __call__(self, index):
         init, stored = nn.initializers.normal(0.02), jnp.dtype(self.model.param_dtype)
         table = self.param("embedding", init, (self.rows, self.model.width), stored)
-        return gather_columns(table)[index]
+        return lookup(table, index, self.model.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Float[Array, "v d"], index: Int[Array, "b t"], dtype: str) -> Array:
+    """Rows of a table, in the dtype that is computed in: only so does the table leave its device.
+
+    Its gradient is summed in the table's own dtype: a token may stand in many places.
+    """
+    return gather_columns(table.astype(dtype))[index]
+
+
+def _lookup_forward(table, index, dtype):
+    return lookup(table, index, dtype), (table, index)
+
+
+def _lookup_backward(dtype, kept, grad):
+    table, index = kept
+    zeros = split(jnp.zeros_like(table), "tensor", None)
+    return split(zeros.at[index].add(grad.astype(table.dtype)), "tensor", None), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class _Block(nn.Module):
@@ -181,7 +218,12 @@ class _Block(nn.Module):
             attend, kept = c.attention if c.attention is not None else dot_attention, cache
             if c.attention_cap is not None:
                 attend = partial(grouped_attention, cap=c.attention_cap)
-            if cache is not None:
+            if cache is None:  # each part of the tokens reads the keys and values of all of them
+                query, key, value = (
+                    split(x, *ROWS, "sequence", "tensor") for x in (query, key, value)
+                )
+                key, value = (split(x, *ROWS, None, "tensor") for x in (key, value))
+            else:
                 kept, key, value = written(cache, used, key, value, layer if c.scan else None)
                 if c.attention is None:
                     attend = partial(cached_attention, cap=c.attention_cap)
@@ -211,7 +253,12 @@ class _Block(nn.Module):
             hidden = hidden + jnp.asarray(c.side_gate, side.dtype) * side
         if c.tap is not None:
             hidden = c.tap(layer, hidden)
-        return (split_rows(hidden), cache), None
+        return (_placed(hidden, cache), cache), None
+
+
+def _placed(hidden: Float[Array, "b t d"], cache: Any) -> Float[Array, "b t d"]:
+    """Residual streams of whole texts are split by rows and tokens, those that decode by rows."""
+    return split_tokens(hidden) if cache is None else split_rows(hidden, over=WRITERS)
 
 
 class Decoder(nn.Module):
@@ -223,18 +270,20 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, segments, cache=None):
         """Hidden states and the cache: see `Transformer.apply`."""
         c = self.config
-        hidden = _Embed(c.vocab, c, name="embed")(tokens).astype(c.dtype)
+        if cache is None:
+            tokens, positions = split_tokens((tokens, positions))
+        hidden = _Embed(c.vocab, c, name="embed")(tokens)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
         if c.positions == "learned":
-            hidden = hidden + _Embed(c.context, c, name="position")(positions).astype(c.dtype)
+            hidden = hidden + _Embed(c.context, c, name="position")(positions)
         # A weight of 0 does not hide a nan: padding enters as zeros, whatever its row holds.
-        hidden = split_rows(jnp.where((segments > 0)[:, :, None], hidden, 0))
+        hidden = _placed(jnp.where((segments > 0)[:, :, None], hidden, 0), cache)
         if cache is None:
             index = jnp.arange(tokens.shape[1])
             causal = index[:, None] >= index[None, :]
             same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-            mask, keys, used, pairs = same & causal[None], positions, None, None
+            mask, keys, used, pairs = split_tokens(same & causal[None]), positions, None, None
         else:
             cache = placed(cache, positions)
             keys, used, pairs = cache.places, cache.used, cache.layers

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models.attention import softmax
-from rlhf_jax.sharding import split_rows
+from rlhf_jax.sharding import WRITERS, split, split_rows
 
 
 class Cache(NamedTuple):
@@ -51,9 +51,9 @@ def empty(rows: int, length: int, *, layers: int, heads: int, size: int, dtype, 
 
     def pair():
         both = zeros((rows, heads, size, length), 2), zeros((rows, heads, length, size), 3)
-        return split_rows(both, axis=len(ahead))
+        return jax.tree.map(lambda x: split(x, *(None,) * len(ahead), *WRITERS, "tensor"), both)
 
-    places = split_rows(jnp.full((rows, length), -1, jnp.int32))
+    places = split_rows(jnp.full((rows, length), -1, jnp.int32), over=WRITERS)
     kept = pair() if stacked else tuple(pair() for _ in range(layers))
     return Cache(jnp.int32(0), jnp.int32(0), places, kept)
 
