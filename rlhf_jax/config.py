@@ -116,6 +116,12 @@ class Rollouts:
     show: int = 8  # samples written on fixed prompts at the start, every so often, and at the end
     show_every: int = 50
 
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The models that write: the policy, and those whom the environment asks."""
+        others = self.environment.context if self.environment is not None else ()
+        return tuple(dict.fromkeys((self.policy, *others)))
+
 
 @dataclass(frozen=True)
 class Derived:

@@ -42,7 +42,7 @@ def make_experience(run: Run, state: TrainState, step: int):
     """Prompts → rollout → reward → experience; the state with adapted control; and metrics."""
     config, spec, phases = run.config, run.config.rollouts, run.phases
     params, stream = weights_now(run, config.models, state), run.streams[spec.prompts]
-    more = {}
+    more = {"rollout/copy_bytes": float(phases.copied)} if phases.copied else {}
 
     def prompts_and_key(step):
         return next_batch(run, spec.prompts, stream), phase_key(config.seed, step, "rollout")
@@ -50,10 +50,12 @@ def make_experience(run: Run, state: TrainState, step: int):
     with run.meter.phase("rollout") as count:
         if spec.ahead:
             more["rollout/staleness"] = 0.0 if state.pending is None else 1.0
+            copies = phases.written_with(params, spec.writers)
             rollout, reward = state.pending, None
             if rollout is None:
-                rollout = sampled(run, params, *prompts_and_key(step))
-            following = sampled(run, params, *prompts_and_key(step + 1))
+                rollout = sampled(run, copies, *prompts_and_key(step))
+            following = sampled(run, copies, *prompts_and_key(step + 1))
+            del copies  # as large as the weights: not there while they are scored
             state = state.replace(pending=following)  # on its way: the host goes on
         else:
             rollout, reward = paid(run, params, *prompts_and_key(step))
@@ -72,20 +74,24 @@ def make_experience(run: Run, state: TrainState, step: int):
 def paid(run: Run, params: Mapping[str, Params], prompts: Prompts, key):
     """A rollout, and its reward if it is made in chunks: of one while the next is sampled."""
     n = run.config.rollouts.chunks
+    copies = run.phases.written_with(params, run.config.rollouts.writers)
     if n == 1:
-        return sampled(run, params, prompts, key), None
+        return sampled(run, copies, prompts, key), None
     cut, found = run.phases.cut(prompts), []
-    following = sampled(run, params, jax.tree.map(lambda x: x[0], cut), key)
+    following = sampled(run, copies, jax.tree.map(lambda x: x[0], cut), key)
     for i in range(1, n + 1):
         rollout = following  # on its way, like what the device does behind it
         if i < n:
-            following = sampled(run, params, jax.tree.map(lambda x, i=i: x[i], cut), key)
+            following = sampled(run, copies, jax.tree.map(lambda x, i=i: x[i], cut), key)
         found.append((rollout, checked_reward(run, rollout, params)))
     return run.phases.join(found)
 
 
 def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Rollout:
-    """A rollout of the policy; an environment that broke its contract stops the run."""
+    """A rollout of the policy; an environment that broke its contract stops the run.
+
+    `params` are the writers' weights, as `Phases.written_with` hands them out.
+    """
     spec = run.config.rollouts
     environment = spec.environment
     if environment is None:

@@ -33,6 +33,8 @@ class Phases:
     init: Callable[[Array], TrainState]
     cut: Callable | None  # prompts -> chunks of them, in front
     join: Callable | None  # pytrees of chunks, one by one -> of all rows
+    copy: Mapping[str, Callable]  # params of one who writes -> as rollouts read them
+    copied: int  # bytes that each device receives for all these copies
     generate: Callable | None  # params, prompts, key, sampling[, context] -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
     collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
@@ -46,6 +48,10 @@ class Phases:
         """This process's rows of a host batch, as arrays split over the mesh."""
         rows = sharding.rows(self.mesh)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+
+    def written_with(self, params: Mapping[str, Params], names: Iterable[str]) -> dict[str, Params]:
+        """Weights as rollouts read them, by name: copies where they lie otherwise."""
+        return {n: self.copy[n](params[n]) if n in self.copy else params[n] for n in names}
 
 
 TRANSFORM = 0x7461_6773  # folded into a rollout's key for the prompts' transform: no prompt_id
@@ -110,6 +116,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
         evaluations[name] = jax.jit(partial(step.evaluate, **bound), out_shardings=same)
 
     cut = join = sample = reward = collect = None
+    copy, copied = copies(config, mesh)
     if spec is not None and spec.environment is not None:
         names = spec.environment.context
         init_of = {name: models[name].init for name in names}
@@ -135,6 +142,8 @@ def build(config: Config, mesh: Mesh) -> Phases:
         init=jax.jit(make, out_shardings=places),
         cut=cut,
         join=join,
+        copy=copy,
+        copied=copied,
         generate=sample,
         reward=reward,
         collect=collect,
@@ -144,6 +153,25 @@ def build(config: Config, mesh: Mesh) -> Phases:
         shardings=places,
         mesh=mesh,
     )
+
+
+def copies(config: Config, mesh: Mesh) -> tuple[dict[str, Callable], int]:
+    """Of all who write in rollouts, by name, a program that copies weights, and the bytes received.
+
+    Decoding reads all weights at every token, so they are collected once, in the dtype that is
+    computed in, and only tensor divides them. Who has them so already is not copied.
+    """
+    found, total = {}, 0
+    for name in config.rollouts.writers if config.rollouts is not None else ():
+        model = config.models[name]
+        shapes = jax.eval_shape(lambda model=model: model.init(jax.random.key(0)))
+        change = partial(weights.in_dtype, dtype=getattr(model, "dtype", "float32"))
+        small, places = jax.eval_shape(change, shapes), sharding.shardings(shapes, mesh)
+        new = sharding.for_decoding(places)
+        moved = sharding.received(small, places, new)
+        if moved or small != shapes:
+            found[name], total = jax.jit(change, out_shardings=new), total + moved
+    return found, total
 
 
 def lengths(learner: Learner, spec: Rollouts | None) -> dict[str, Any]:

@@ -152,6 +152,33 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def for_decoding(places: Any) -> Any:
+    """The same without the axes that share weights out: a step of decoding finds them all there.
+
+    Only tensor divides them. What decoding reads is small: in the dtype that is computed in.
+    """
+
+    def one(place):
+        return NamedSharding(
+            place.mesh, P(*(None if axes == SHARE else axes for axes in place.spec))
+        )
+
+    return jax.tree.map(one, places)
+
+
+def received(shapes: Any, places: Any, new: Any) -> int:
+    """Bytes that each device receives when arrays of these shapes go from `places` to `new`.
+
+    For a `new` in which every device keeps what it had, such as `for_decoding`.
+    """
+
+    def one(x, place, new):
+        more = math.prod(new.shard_shape(x.shape)) - math.prod(place.shard_shape(x.shape))
+        return more * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, shapes, places, new)))
+
+
 def spread(tree: Any, devices: Sequence | None = None) -> Any:
     """Shapes with shardings that no table needs to know: the longest axis over all devices.
 
@@ -255,12 +282,3 @@ def whole_rows(x: jax.Array) -> jax.Array:
     found = split(x.reshape(groups, parts, rows // parts // groups, part, *rest), *ROWS, "sequence")
     found = split(found.swapaxes(1, 2), *ROWS, None, "sequence")
     return split_tokens(found.reshape(rows // parts, part * parts, *rest))
-
-
-def gather_columns(embedding: jax.Array) -> jax.Array:
-    """Inside a compiled function: an embedding table split over the vocabulary only.
-
-    A lookup in a table split both ways makes XLA rematerialise it in full. Where the table lies is
-    said first, so that what travels is this array and not one that it was made of.
-    """
-    return split(split(embedding, "tensor", SHARE), "tensor", None)

@@ -224,11 +224,11 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
         return state
     params = weights_now(run, run.config.models, state)
     stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 1)
-    scores: list[float] = []
+    copies, scores = run.phases.written_with(params, spec.writers), []
     while len(scores) < spec.normalise:
         prompts = next_batch(run, spec.prompts, stream)
         key = phase_key(run.config.seed, len(scores), "measure")
-        rollout = sampled(run, params, prompts, key)
+        rollout = sampled(run, copies, prompts, key)
         reward = checked_reward(run, rollout, params)
         own = sharding.local(reward).astype(np.float64).sum(-1)
         own = multihost_utils.process_allgather(own) if jax.process_count() > 1 else own
@@ -255,7 +255,7 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     stream = feed.opened(run.config, spec.prompts, seed=run.config.seed + 2)
     prompts = next_batch(run, spec.prompts, stream)
     key = phase_key(run.config.seed, 0, "show")
-    rollout = sampled(run, params, prompts, key)
+    rollout = sampled(run, run.phases.written_with(params, spec.writers), prompts, key)
     reward, seen = sharding.local((checked_reward(run, rollout, params), rollout))
     reward, tokens, mask, used = reward.sum(-1), seen.tokens, seen.mask, seen.segments > 0
     said = np.cumsum(mask, axis=1) > 0  # from the first word of the policy, the environment's too

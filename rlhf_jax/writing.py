@@ -71,8 +71,8 @@ class Desk(NamedTuple):
 
     def write_at(self, x: Array, row: Array, at: Array, value: Array) -> Array:
         """[n, t] in which each slot's text has `value` [s] or [s, k] at the places `at`."""
-        if self.plain:
-            return x.at[row.reshape(-1, *(1,) * (at.ndim - 1)), at].set(value, mode="drop")
+        if self.plain:  # row by row, so that a mesh sees that no row needs another's
+            return jax.vmap(lambda x, at, v: x.at[at].set(v, mode="drop"))(x, at, value)
 
         def put(x, i, at, value):
             return x.at[i.reshape(-1, *(1,) * (at.ndim - 1)), at].set(value, mode="drop")

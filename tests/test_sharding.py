@@ -114,7 +114,8 @@ def outcome(config, model, params):
             )
             state = jax.device_put(state, parts, may_alias=False)
             key = jax.random.key(0)
-            rollout = built.generate(state.params, built.place(prompts()), key, settings)
+            own = built.written_with({"policy": state.params}, ["policy"])["policy"]
+            rollout = built.generate(own, built.place(prompts()), key, settings)
             step0 = None
             if name == "all":
                 names = {"policy": state.params, "reference": jax.tree.map(jnp.copy, state.params)}

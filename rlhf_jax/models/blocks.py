@@ -20,8 +20,8 @@ from rlhf_jax.models.cache import attention as cached_attention
 from rlhf_jax.models.cache import grown, placed, plain, written
 from rlhf_jax.sharding import (
     ROWS,
+    SHARE,
     WRITERS,
-    gather_columns,
     split,
     split_rows,
     split_tokens,
@@ -165,11 +165,14 @@ class _Embed(nn.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: Float[Array, "v d"], index: Int[Array, "b t"], dtype: str) -> Array:
-    """Rows of a table, in the dtype that is computed in: only so does the table leave its device.
+    """Rows of a table, in the dtype that is computed in: only so does a table leave its device.
 
     Its gradient is summed in the table's own dtype: a token may stand in many places.
     """
-    return gather_columns(table.astype(dtype))[index]
+    if table.dtype != dtype:  # said, or it would be collected first and then made smaller
+        table = split(table.astype(dtype), "tensor", SHARE)
+    # A lookup in a table split both ways makes XLA rematerialise it in full.
+    return split(table, "tensor", None)[index]
 
 
 def _lookup_forward(table, index, dtype):

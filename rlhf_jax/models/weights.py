@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -68,6 +69,20 @@ def merged(base: Params, own: Params) -> Params:
         both = isinstance(x, dict) and isinstance(found.get(name), dict)
         found[name] = merged(found[name], x) if both else x
     return found
+
+
+def in_dtype(params: Params, dtype: str) -> Params:
+    """Matrices in the dtype that they are multiplied in, where that is smaller than their own.
+
+    A model makes the same of them at every use; its norms and its value head are float32 at heart.
+    """
+
+    def one(path, x):
+        name, small = path_name(path), jnp.dtype(dtype)
+        matrix = re.search(r"/(kernel|embedding|lora_[ab])$", name) and "value_head" not in name
+        return x.astype(small) if matrix and small.itemsize < x.dtype.itemsize else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def check_fits(target: Params, source: Params, *, origin: str) -> None:
