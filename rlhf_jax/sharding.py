@@ -260,6 +260,11 @@ def row_groups(over: P = ROWS) -> int:
     return math.prod(mesh.shape[axis] for axis in over[0]) if "data" in mesh.axis_names else 1
 
 
+def data_groups() -> int:
+    """Inside a compiled function: how many copies of the weights the mesh has."""
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+
 def token_groups() -> int:
     """Inside a compiled function: into how many parts the mesh splits the tokens of a row."""
     return row_groups(WRITERS) // row_groups()

@@ -1,10 +1,6 @@
 """One program, any mesh: the same loss, gradients and samples, and no full weight on a device."""
 
-import os
 import re
-import sys
-import tempfile
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -31,20 +27,6 @@ MESHES = {
     "sequence": (1, 2, 2, 2),
 }
 STEEP = 1e3  # learning rate: large, so that the difference of weights shows the gradient's digits
-
-
-@contextmanager
-def standard_error():
-    """What anyone writes there, XLA included, as a function to be called afterwards."""
-    with tempfile.TemporaryFile("w+") as file:
-        sys.stderr.flush()
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lambda: (file.seek(0), file.read())[1]
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def every_kind(scores, batch):
@@ -105,7 +87,7 @@ def outcome(config, model, params):
     def run(name):
         shape = MESHES[name]
         mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
-        with jax.set_mesh(mesh), standard_error() as written:
+        with jax.set_mesh(mesh), toys.standard_error() as written:
             built = phases.build(config, mesh)
             parts = built.shardings.learners["policy"]
             zeros = [np.zeros((), np.int32) for _ in range(3)]  # donated: no two may be one

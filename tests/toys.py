@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
@@ -187,3 +191,17 @@ def _turn(x, position, theta):
     half = len(x) // 2
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
     return np.concatenate([z.real, z.imag])
+
+
+@contextmanager
+def standard_error():
+    """What anyone writes there, XLA included, as a function to be called afterwards."""
+    with tempfile.TemporaryFile("w+") as file:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: (file.seek(0), file.read())[1]
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

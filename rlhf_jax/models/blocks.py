@@ -22,6 +22,7 @@ from rlhf_jax.sharding import (
     ROWS,
     SHARE,
     WRITERS,
+    data_groups,
     split,
     split_rows,
     split_tokens,
@@ -180,9 +181,13 @@ def _lookup_forward(table, index, dtype):
 
 
 def _lookup_backward(dtype, kept, grad):
+    """Added up in each part of `data` first, where its parts of the table meet, then over them."""
     table, index = kept
-    zeros = split(jnp.zeros_like(table), "tensor", None)
-    return split(zeros.at[index].add(grad.astype(table.dtype)), "tensor", None), None
+    groups = math.gcd(data_groups(), index.shape[0])
+    grad, index = (x.reshape(groups, -1, *x.shape[1:]) for x in (grad.astype(table.dtype), index))
+    zeros = split(jnp.zeros((groups, *table.shape), table.dtype), "data", "tensor", None)
+    found = jax.vmap(lambda zeros, index, grad: zeros.at[index].add(grad))(zeros, index, grad)
+    return split(split(found, "data", "tensor", None), "data", "tensor", SHARE).sum(0), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
