@@ -38,7 +38,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(query|key|value|gate|up)/lora_b$", P(None, "tensor")),
     (r"(out|down)/lora_a$", P("tensor", None)),
     (r"(out|down)/lora_b$", P(None, SHARE)),
-    (r"value_head/(kernel|bias)$", P()),
+    (r"value_head/kernel$", P(SHARE, None)),
+    (r"value_head/bias$", P()),
     (r"head/kernel$", P(SHARE, "tensor")),
     (r"norm/(scale|bias)$", P()),
 )

@@ -28,6 +28,7 @@ from rlhf_jax.models.transformer import Transformer  # noqa: E402
 
 
 def pytest_addoption(parser):
+    parser.addoption("--update", action="store_true", help="write the golden tables anew")
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
