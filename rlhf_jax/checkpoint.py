@@ -1,9 +1,10 @@
 """Checkpoints: one atomic Orbax step holds everything a resume needs, and restores onto any mesh.
 
 DIRECTORY/<step>/state       the TrainState
-DIRECTORY/<step>/data.<name> the position of every data stream, a file per process
-DIRECTORY/<step>/about       JSON: a digest of every array, and what the caller adds
+DIRECTORY/<step>/about       JSON: the place of every data stream, a digest of every array, and more
 DIRECTORY/frozen             weights that never change, written once, before the first step
+
+A stream's place is the same in every process (data/streams.py), so a run goes on with any number.
 
 A step's directory gets its name only when all of it is on disk, so a crash at any moment leaves the
 steps before it. Truncated and damaged files are errors: every restored array is compared with the
@@ -13,15 +14,18 @@ digest taken on the device when it was saved.
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from grain.checkpoint import CheckpointSave as GrainSave
+from jax.experimental import multihost_utils
 
 from rlhf_jax import stored
 from rlhf_jax.preemption import Preemption, Stopped
@@ -64,8 +68,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The last complete step, or None."""
-        return self._manager.latest_step()
+        """The last complete step, or None; as the first process sees it, for disks lag."""
+        found = self._manager.latest_step()
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+        return None if found < 0 else found
 
     def save(
         self,
@@ -76,11 +82,13 @@ class Checkpoints:
     ) -> bool:
         """Start writing a step; returns when its arrays are copied off the device.
 
-        `data` maps names to grain iterators, `about` is anything that is JSON. The state may be
-        donated right after. False if this very step was just saved or restored.
+        `data` maps names to iterators with a state that is JSON, the same in every process;
+        `about` is anything that is JSON. The state may be donated right after. False if this very
+        step was just saved or restored.
 
         Raises:
-            CheckpointError: if this step or the one before it could not be written.
+            CheckpointError: if this step or the one before it could not be written, or processes
+                differ in how far they have read.
         """
         if step == self._last:
             return False
@@ -91,8 +99,7 @@ class Checkpoints:
                 f"move the steps after {step - 1} elsewhere to go on from there"
             )
         self.wait()
-        items = _items(state, about or {})
-        items |= {f"data.{name}": GrainSave(stream) for name, stream in (data or {}).items()}
+        items = _items(state, about or {}, _places(data or {}))
         self._last, self._size = step, _size(state)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -136,7 +143,7 @@ class Checkpoints:
         path = self._exists(step)
         state = stored.read(path, target)
         for name, stream in (data or {}).items():
-            stream.set_state(stored.position(path, name))
+            stream.set_state(stored.place(path, name))
         self._last = step
         return state
 
@@ -248,9 +255,26 @@ def restore_frozen(run: Any, name: str, *, target: Target = None) -> Params:
     return stored.part(epath.Path(run) / "checkpoints" / FROZEN, (name,), target)
 
 
-def _items(tree: Any, about: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"digests": stored.digests(tree), "about": dict(about)}
+def _items(
+    tree: Any, about: Mapping[str, Any], places: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    found = {"digests": stored.digests(tree), "data": places or {}, "about": dict(about)}
     return {"state": ocp.args.StandardSave(tree), "about": ocp.args.JsonSave(found)}
+
+
+def _places(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the streams stand: one place for all processes, or the data would be read wrongly."""
+    found = {name: stream.get_state() for name, stream in data.items()}
+    for name, place in found.items():
+        digest = np.uint32(zlib.crc32(json.dumps(place, sort_keys=True).encode()))
+        everyone = multihost_utils.process_allgather(digest).reshape(-1)
+        if (everyone != digest).any():
+            raise CheckpointError(
+                f"data {name!r}: processes differ in how far they have read, so no other number "
+                "of them could go on; a stream makes the rows of `shard` of the same batches in "
+                "every process (data/streams.py)"
+            )
+    return found
 
 
 def _size(tree: Any) -> int:

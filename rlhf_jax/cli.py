@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     _quiet()
+    import jax
+
+    from rlhf_jax import processes
     from rlhf_jax.checkpoint import CheckpointError, Stopped
     from rlhf_jax.config import ConfigError
     from rlhf_jax.data import DataError
@@ -30,23 +34,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlhf_jax.train import RunError
 
     try:
-        if options.joins:
-            from rlhf_jax import processes
-
-            options.setup = processes.start()
+        if options.joins is not None:
+            options.setup = processes.start(getattr(options, options.joins, None))
         status = options.run(options)
     except (ConfigError, DataError, ReportError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        processes.abandon(2)
         return 2
-    except (RunError, RewardError, CheckpointError, OSError) as error:
+    except (RunError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        processes.abandon(1)
+        return 1
+    except (CheckpointError, OSError) as error:  # perhaps for another's death: JAX says so
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not re.search("Gloo|NCCL", str(error)):
+            raise
+        print(f"error: the link to another process broke: {error}"[:300], file=sys.stderr)
+        return 1  # JAX waits for the others, and names who is gone
     except Stopped as stopped:
         print(f"{stopped}", flush=True)
-        return getattr(options, "stopped_status", 0)
+        status = getattr(options, "stopped_status", 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    processes.finish()
     return 0 if status is None else status
 
 
@@ -67,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-jax", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, text, *, joins=False):  # joins: the other processes, if there are any
+    # joins: the other processes, if there are any; the option that names a directory all can see
+    def command(name, run, text, *, joins=None):
         found = commands.add_parser(name, help=text, description=text)
         found.set_defaults(run=run, joins=joins)
         return found
@@ -91,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         found.add_argument("--stage", help="a stage of a pipeline; default: the last run")
         found.add_argument("--file", help="the experiment's file, if it has moved")
 
-    train = command("train", _train, "run an experiment, or go on with one", joins=True)
+    train = command("train", _train, "run an experiment, or go on with one", joins="out")
     experiment(train)
     train.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -110,9 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--arms", metavar="A,B", help="some of the arms; default: all of the preset")
     study.add_argument("--seeds", metavar="N", help="the first N seeds, or some: 0,3,5")
 
-    bench = command(
-        "bench", _bench, "measure an experiment's iteration, phase by phase", joins=True
-    )
+    bench = command("bench", _bench, "measure an experiment's iteration, phase by phase", joins="")
     experiment(bench)
     bench.add_argument("--repeats", type=int, default=5, help="iterations that count; default: 5")
     bench.add_argument("--out", metavar="FILE", help="a .json file for all that was measured")
@@ -134,12 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--step", type=int, help="a checkpoint's step; default: the latest")
 
     evaluate = command(
-        "eval", _eval, "evaluate a run's last checkpoint on its held-out data", joins=True
+        "eval", _eval, "evaluate a run's last checkpoint on its held-out data", joins="directory"
     )
     run_directory(evaluate)
 
     export = command(
-        "export", _export, "write a trained model as a directory of Hugging Face", joins=True
+        "export", _export, "write a trained model as a directory of Hugging Face", joins="directory"
     )
     run_directory(export)
     export.add_argument("--out", required=True, metavar="DIR", help="the directory to write")

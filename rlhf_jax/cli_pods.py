@@ -9,7 +9,7 @@ ACTIONS = ("up", "status", "logs", "stop", "delete")
 def add(command, settings) -> None:
     """Put both commands into the parser; `command` and `settings` are the helpers of cli.py."""
     doctor = command(
-        "doctor", _doctor, "is this machine, or set of them, fit to train?", joins=True
+        "doctor", _doctor, "is this machine, or set of them, fit to train?", joins="checkpoints"
     )
     doctor.add_argument("file", nargs="?", metavar="FILE", help="an experiment that is to run here")
     doctor.add_argument("--checkpoints", metavar="DIR", help="where checkpoints are to be written")

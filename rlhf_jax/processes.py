@@ -9,19 +9,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
+from rlhf_jax import probes, witness
+from rlhf_jax.arrivals import Arrivals
 from rlhf_jax.config import ConfigError
 
 PLAIN = ("RLHF_JAX_COORDINATOR", "RLHF_JAX_PROCESSES", "RLHF_JAX_PROCESS")
 SLURM = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # of an srun
-WAIT = 300  # seconds for all processes to arrive
-HINT = 30  # seconds before those that are there say that they wait
+WAIT = 300  # seconds for all processes to arrive; RLHF_JAX_WAIT
+HEARTBEAT = 100  # seconds of silence until a process counts as dead; RLHF_JAX_HEARTBEAT
+GRACE = 10  # seconds for the others to come to the same error
 
 
 @dataclass(frozen=True)
@@ -134,34 +140,40 @@ def _expected(count: int | str, index: int | str) -> dict[str, int]:
     return {"processes": int(count), "process": int(index)}
 
 
-def start() -> Setup:
+def start(directory: str | os.PathLike | None = None) -> Setup:
     """Join the other processes, if there are any, and say so; before any other use of JAX.
 
+    If they do not come, the process ends and says who is missing; `directory` is where they can
+    read each other's files. From then on a process that dies ends them all, and they say which.
+
     Raises:
-        ConfigError: if the environment is wrong, or the others do not come.
+        ConfigError: if the environment is wrong.
     """
     # JAX sets the variable where it finds no TPU on this machine's bus.
     chips = "TPU_SKIP_MDS_QUERY" not in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ
     setup = find(os.environ, tpu=chips and importlib.util.find_spec("libtpu") is not None)
     if setup.arguments is None or jax.distributed.is_initialized():
         return setup
-    who = "process {process} of {processes}".format(**setup.expected) if setup.expected else "it"
-    # JAX ends the process when the time is over, so the hint has to come before.
-    hint = threading.Timer(HINT, _waiting, [who, setup.source])
-    hint.daemon = True
-    hint.start()
+    wait = _seconds("RLHF_JAX_WAIT", WAIT)
+    heartbeat = _seconds("RLHF_JAX_HEARTBEAT", HEARTBEAT)
+    expected = setup.expected or {"processes": None, "process": None}
     try:
-        jax.distributed.initialize(**setup.arguments, initialization_timeout=WAIT)
+        with Arrivals(directory, **expected, seconds=wait):
+            jax.distributed.initialize(
+                **setup.arguments,
+                initialization_timeout=wait + 60,  # it would end the process without a name
+                heartbeat_timeout_seconds=heartbeat,
+                shutdown_timeout_seconds=heartbeat + 30,  # who is dead is known by then
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            f"{who} could not join the others ({setup.source}): {str(error)[:400]}\n"
-            "Is every host up, started with the same command, and free to reach process 0?"
+            f"could not join the other processes ({setup.source}): {str(error)[:400]}"
         ) from error
-    finally:
-        hint.cancel()
     found = {"processes": jax.process_count(), "process": jax.process_index()}
     if setup.expected and found != dict(setup.expected):
         raise ConfigError(f"{setup.source} says {dict(setup.expected)}, but JAX found {found}")
+    if found["processes"] > 1:
+        witness.accompany(found["process"], probes.gathered(socket.gethostname()))
     print(
         f"process {found['process']} of {found['processes']}, found by {setup.source}: "
         f"{jax.local_device_count()} of {jax.device_count()} devices",
@@ -170,9 +182,28 @@ def start() -> Setup:
     return setup
 
 
-def _waiting(who: str, source: str) -> None:
-    print(
-        f"{who} has waited {HINT} s for the others, found by {source}, and gives up after {WAIT} "
-        "s; whoever does not say this has not started, or cannot reach process 0",
-        flush=True,
-    )
+def _seconds(name: str, default: int) -> int:
+    given = os.environ.get(name) or str(default)
+    if not (given.isdecimal() and int(given) > 0):
+        raise ConfigError(f"{name}={given}: valid is a whole number of seconds from 1")
+    return int(given)
+
+
+def finish() -> None:
+    """Wait for the others to be done: JAX ends all when one goes first."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("done")
+
+
+def abandon(status: int) -> None:
+    """Go with an error that the others need not have; they have a moment to come to it, too.
+
+    Then this process ends alone, and JAX ends the others.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        together.start()
+        together.join(GRACE)
+        if together.is_alive():
+            sys.stdout.flush()
+            os._exit(status)

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Pipeline
+from rlhf_jax.experience import agree
 from rlhf_jax.experiment import describe, difference, load
 from rlhf_jax.train import train
 
@@ -53,7 +56,13 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
         "versions": versions(),
         "command": sys.argv,
     }
-    _claim(out, record, resume=resume, file=file)
+    error = None
+    if jax.process_index() == 0:  # the others would find what it has just written
+        try:
+            _claim(out, record, resume=resume, file=file)
+        except ConfigError as found:
+            error = found
+    agree(error, "it cannot use --out")
     if isinstance(value, Config):
         train(value, out, resume=resume)
     else:
@@ -89,10 +98,9 @@ def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> Non
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            part = out / "run.json.part"
-            part.write_text(json.dumps(record, indent=1))
-            os.replace(part, path)
+        part = out / "run.json.part"
+        part.write_text(json.dumps(record, indent=1))
+        os.replace(part, path)
     except OSError as error:
         raise ConfigError(
             f"cannot write to {out}: {error.strerror}; choose another --out"
@@ -111,7 +119,7 @@ def run_stages(pipeline: Pipeline, out: Path) -> None:
         directory = out / name
         done = directory / "done"
         heading = f"[{number}/{len(pipeline.stages)}] {name}"
-        if done.is_file():
+        if multihost_utils.broadcast_one_to_all(np.bool_(done.is_file())):
             print(f"{heading}: already finished", flush=True)
         else:
             print(heading, flush=True)

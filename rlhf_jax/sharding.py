@@ -219,20 +219,29 @@ def local(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch's rows this process brings, and of how many parts.
+def row_share(mesh: Mesh) -> tuple[int | tuple[int, ...], int]:
+    """Which equal slices of a batch's rows this process brings, in order, and of how many.
 
-    Where tensor or sequence lies across processes, those whose devices hold the same rows bring the
-    same part. Without a mesh every process brings its own.
+    The mesh decides, not the number of the process: where tensor or sequence lies across processes,
+    those whose devices hold the same rows bring the same; and in a slice of TPUs the rows of one
+    process need not be next to each other. Without a mesh every process brings its own.
     """
     if mesh.empty:
         return jax.process_index(), jax.process_count()
-    held: dict[int, set[int]] = {}
-    places = rows(mesh).devices_indices_map((math.prod(mesh.shape[axis] for axis in ROWS[0]),))
-    for device, (place,) in places.items():
-        held.setdefault(device.process_index, set()).add(place.start or 0)
-    shares = sorted({tuple(sorted(own)) for own in held.values()})
-    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+    groups = math.prod(mesh.shape[axis] for axis in ROWS[0])
+    places = rows(mesh).devices_indices_map((groups,)).items()
+    me = jax.process_index()
+    return in_slices({at.start or 0 for device, (at,) in places if device.process_index == me}, groups)
+
+
+def in_slices(own: set[int], groups: int) -> tuple[tuple[int, ...], int]:
+    """Some of `groups` equal parts of a batch as slices that are as large as they can be."""
+    for count in range(1, groups + 1):
+        size, rest = divmod(groups, count)
+        slices = {group // size for group in own} if rest == 0 else set()
+        if slices and len(slices) * size == len(own):
+            break
+    return tuple(sorted(slices)), count
 
 
 def split(x: jax.Array, *axes: Any) -> jax.Array:

@@ -7,7 +7,6 @@ tree is saved and again when it is read, notice both.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,26 +97,20 @@ def _stored(path: epath.Path) -> Any:
         return reader.metadata(path / "state").item_metadata.tree
 
 
-def position(path: epath.Path, name: str) -> Any:
-    """Where a stream stood: this process's file, or any if all processes stood at one place."""
-    folder = path / f"data.{name}"
-    if not folder.is_dir():
-        found = sorted(p.name.removeprefix("data.") for p in path.glob("data.*"))
-        raise CheckpointError(
-            f"{path} knows no data stream {name!r}; it was saved with {found if found else 'none'}"
-        )
+def place(path: epath.Path, name: str) -> Any:
+    """Where a stream stood, in every process."""
     with reading(path):
-        files = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("process_*"))}
-        mine = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        if mine in files:
-            return files[mine]
-        states = list(files.values())
-        if states and all(state == states[0] for state in states):
-            return states[0]
-    raise CheckpointError(
-        f"{path}: the stream {name!r} was read by {len(files)} processes, each at its own place, "
-        f"and cannot go on with {jax.process_count()}; resume with {len(files)} processes"
-    )
+        found = about(path).get("data")
+    if found is None:
+        raise CheckpointError(
+            f"{path} is of an older version, which kept a place in the data for each process; "
+            "start again in an empty directory, from its weights if you like (From(path=RUN))"
+        )
+    if name not in found:
+        raise CheckpointError(
+            f"{path} knows no data stream {name!r}; it was saved with {sorted(found) or 'none'}"
+        )
+    return found[name]
 
 
 @contextlib.contextmanager

@@ -229,10 +229,8 @@ def measure_reward(run: Run, state: TrainState) -> TrainState:
         prompts = next_batch(run, spec.prompts, stream)
         key = phase_key(run.config.seed, len(scores), "measure")
         rollout = sampled(run, copies, prompts, key)
-        reward = checked_reward(run, rollout, params)
-        own = sharding.local(reward).astype(np.float64).sum(-1)
-        own = multihost_utils.process_allgather(own) if jax.process_count() > 1 else own
-        scores += own.reshape(-1).tolist()
+        reward = multihost_utils.process_allgather(checked_reward(run, rollout, params), tiled=True)
+        scores += reward.astype(np.float64).sum(-1).tolist()
     std = float(np.std(scores))
     if not std > 0:
         raise RunError(
@@ -256,7 +254,9 @@ def show_samples(run: Run, state: TrainState, step: int) -> None:
     prompts = next_batch(run, spec.prompts, stream)
     key = phase_key(run.config.seed, 0, "show")
     rollout = sampled(run, run.phases.written_with(params, spec.writers), prompts, key)
-    reward, seen = sharding.local((checked_reward(run, rollout, params), rollout))
+    # The same rows on any number of processes, though the first one may hold fewer.
+    paid = checked_reward(run, rollout, params), rollout
+    reward, seen = multihost_utils.process_allgather(paid, tiled=True)
     reward, tokens, mask, used = reward.sum(-1), seen.tokens, seen.mask, seen.segments > 0
     said = np.cumsum(mask, axis=1) > 0  # from the first word of the policy, the environment's too
     rows = []

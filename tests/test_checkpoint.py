@@ -1,5 +1,6 @@
 """Checkpoints: what was saved is read back, on any mesh, after any crash, or an error says why."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,18 +115,31 @@ def test_data_streams_go_on_at_the_very_next_batch(tmp_path):
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_stream_read_by_other_processes_continues_only_if_they_agreed(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
+def test_a_step_that_kept_a_place_for_each_process_is_refused_and_its_weights_are_read(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {"text": stream()})
+    path = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in about.items() if k != "data"}))
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(CheckpointError, match=r"older version.*From\(path=RUN\)"),
+    ):
+        checkpoints.restore(1, on_mesh(state, (1, 1, 1)), {"text": stream()})
+    assert bits(restore_params(tmp_path, "policy")) == bits(state.learners["policy"].params)
+
+
+def test_streams_that_stand_at_other_places_in_other_processes_are_not_saved(tmp_path, monkeypatch):
+    def gather(mine):  # as if a second process had read one batch more
+        return np.stack([mine, mine + 1])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="data 'text': processes differ"),
+    ):
         checkpoints.save(1, make_state(), {"text": stream()})
-    folder = tmp_path / "1" / "data.text"
-    (mine,) = folder.glob("process_*")
-    for index in range(2):
-        (folder / f"process_{index}-of-2.json").write_text(mine.read_text())
-    mine.unlink()
-    assert stored.position(tmp_path / "1", "text") == stream().get_state()
-    (folder / "process_1-of-2.json").write_text('{"next_index": 9}')
-    with pytest.raises(CheckpointError, match="resume with 2 processes"):
-        stored.position(tmp_path / "1", "text")
 
 
 def test_an_unknown_stream_is_named(tmp_path):

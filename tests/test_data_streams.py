@@ -10,6 +10,7 @@ import pytest
 import toys
 
 from rlhf_jax.data import DataError, streams, tokenizers
+from rlhf_jax.data.endless import own_rows
 from rlhf_jax.data.pairing import mean_rating
 from rlhf_jax.score import score
 from rlhf_jax.types import Labeled, Pairs, Prompts
@@ -69,6 +70,34 @@ def test_global_batches_are_the_same_on_any_number_of_processes(stream, count):
         for name, value in vars(expected).items():
             joined = np.concatenate([getattr(piece, name) for piece in pieces])
             np.testing.assert_array_equal(joined, value, err_msg=name)
+
+
+def whole_batches(shards, count, place=None):
+    """The texts of `count` batches of 8, row by row, made by processes with these shards."""
+    readers, seen = [start(TEXT, batch=8, shard=shard) for shard in shards], []
+    for reader in readers if place is not None else ():
+        reader.set_state(json.loads(place))
+    for _ in range(count):
+        rows = np.empty(8, object)
+        for shard, reader in zip(shards, readers, strict=True):
+            rows[own_rows(shard, 8)] = tokenizers.texts(tokenizers.load("bytes"), next(reader))
+        seen += rows.tolist()
+    (place,) = {json.dumps(reader.get_state()) for reader in readers}  # one for all of them
+    return seen, place
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[(0, 1)], [(0, 2), (1, 2)], [(i, 8) for i in range(8)], [((0, 2), 4), ((1, 3), 4)]],
+    ids=["one", "two", "eight", "two, interleaved"],
+)
+def test_each_row_comes_once_an_epoch_when_four_stop_and_others_go_on(others):
+    before, place = whole_batches([(index, 4) for index in range(4)], 4)
+    after, _ = whole_batches(others, 19, place)
+    seen = before + after  # 23 batches of 8 are 8 epochs of 23 rows
+    for epoch in range(8):
+        rows = sorted(seen[23 * epoch : 23 * epoch + 23])
+        assert rows == sorted(row["text"] for row in ROWS), epoch
 
 
 def test_over_two_shards_every_sentence_comes_once_an_epoch_and_epochs_differ():
@@ -178,7 +207,7 @@ def test_the_raters_noise_reaches_the_pairs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shard": (0, 3)}, r"batch=4 does not divide over 3 processes; use .* such as 6"),
+        ({"shard": (0, 3)}, r"batch=4 does not divide into the 3 parts .* use .* such as 6"),
         ({"shard": (2, 2)}, "index < count"),
         ({"batch": 0}, "batch=0"),
         ({"seed": -1}, "seed=-1"),

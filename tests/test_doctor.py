@@ -1,8 +1,6 @@
 """What the doctor says of facts that are made up, of this process, and of two real ones."""
 
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from together import RLHF_JAX, together
 
 from rlhf_jax import cli, doctor, probes
 
@@ -117,35 +116,14 @@ def test_waiting_ends_with_a_message_and_a_status():
     assert "process 0 on" in done.stdout and "→ a host is down" in done.stdout
 
 
-def together(directories):
+def doctors(*directories):
     """Statuses and outputs of processes that look at these directories."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "RLHF_JAX_COORDINATOR": f"127.0.0.1:{port}",
-        "RLHF_JAX_PROCESSES": str(len(directories)),
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "rlhf_jax", "doctor", "--checkpoints", str(directory)],
-            env={**plain, "RLHF_JAX_PROCESS": str(i)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i, directory in enumerate(directories)
-    ]
-    try:
-        said = [child.communicate(timeout=200)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [child.returncode for child in children], said
+    return together([[*RLHF_JAX, "doctor", "--checkpoints", path] for path in directories])
 
 
 @pytest.mark.slow
 def test_two_processes_find_each_other_and_agree_on_a_shared_directory(tmp_path):
-    statuses, (first, second) = together([tmp_path, tmp_path])
+    statuses, (first, second) = doctors(tmp_path, tmp_path)
     assert statuses == [0, 0], (first, second)
     assert "process 1 of 2, found by RLHF_JAX_*" in second and "checkpoints" not in second
     speed = re.search(r"ok +collective +([\d.]+) GB/s .* over data \(2 devices\)", first)
@@ -155,6 +133,6 @@ def test_two_processes_find_each_other_and_agree_on_a_shared_directory(tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_with_directories_of_their_own_both_fail(tmp_path):
-    statuses, said = together([tmp_path / "a", tmp_path / "b"])
+    statuses, said = doctors(tmp_path / "a", tmp_path / "b")
     assert statuses == [1, 1], said
     assert "process 0 on" in said[0] and "does not see what process 1 wrote" in said[0]

@@ -71,7 +71,7 @@ def test_processes_that_hold_the_same_rows_read_the_same_part_of_the_data(
     mesh = sharding.make_mesh(shape, [Device(i, process_index=i // 2) for i in range(8)])
     for process, share in enumerate(shares):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert sharding.row_share(mesh) == (share, max(shares) + 1)
+        assert sharding.row_share(mesh) == ((share,), max(shares) + 1)
 
 
 def stream(seed, shard, batch=8):

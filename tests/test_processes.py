@@ -1,18 +1,22 @@
 """Two processes load and write one model, and neither has more of it than its part."""
 
 import json
+import math
 import os
-import socket
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from hub_toys import CONFIGS
+from jax.flatten_util import ravel_pytree
 from test_chat import directory
+from together import RLHF_JAX, together
 from two_processes import drawn
 
+from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.models import exporting, families, pretrained, weights
 
 CHILD = Path(__file__).parent / "two_processes.py"
@@ -45,45 +49,44 @@ def written(path, config):
 
 def both(task, path):
     """What two processes say at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device each
-    command = [sys.executable, str(CHILD), task, str(port)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [
-        subprocess.Popen([*command, str(rank), str(path)], env=plain, **pipes) for rank in range(2)
-    ]
-    try:
-        said = [child.communicate(timeout=400) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], said
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in said]
+    codes, said = together([[sys.executable, CHILD, task, path]] * 2)
+    assert codes == [0, 0], said
+    return [json.loads(re.findall(r"^{.*}$", one, re.M)[-1]) for one in said]
 
 
 def trained(experiment, out, *arguments):
     """Exit states and what was said by two processes that run one experiment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device each
-    plain |= {"RLHF_JAX_COORDINATOR": f"127.0.0.1:{port}", "RLHF_JAX_PROCESSES": "2"}
-    command = [sys.executable, "-m", "rlhf_jax", "train", str(experiment), "--out", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    children = [
-        subprocess.Popen(
-            [*command, *arguments], env=plain | {"RLHF_JAX_PROCESS": str(rank)}, **pipes
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [child.communicate(timeout=400)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [child.returncode for child in children], said
+    return together([[*RLHF_JAX, "train", experiment, "--out", out, *arguments]] * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (4, 1, 1), (1, 2, 2)], ids=str)
+def test_several_processes_sample_the_same_and_take_the_same_updates_as_one(tmp_path, mesh):
+    """Three steps of smoke: the same tokens, and weights that moved by the same up to 1e-5."""
+    shapes = {"one": (1, 1, 1), "several": mesh}
+    settings = ["--set", "steps=3", "--set", "checkpoint.every=1", "--set", "checkpoint.keep=3"]
+    for name, shape in shapes.items():
+        mesh_of = ["--set", "mesh=({},{},{})".format(*shape)]
+        command = [*RLHF_JAX, "train", SMOKE, "--out", tmp_path / name, *settings, *mesh_of]
+        codes, said = together([command] * math.prod(shape))
+        assert not any(codes), said
+    one, several = ([json.loads(line) for line in (tmp_path / name / "samples.jsonl").open()]
+                    for name in shapes)  # fmt: skip
+    assert [line["response"] for line in one] == [line["response"] for line in several]
+    for learner in ("policy", "critic", "reward"):
+        for step in (1, 2):
+            moved = [
+                jax.tree.map(
+                    np.subtract,
+                    restore_params(tmp_path / name, learner, step=step + 1),
+                    restore_params(tmp_path / name, learner, step=step),
+                )
+                for name in shapes
+            ]
+            a, b = (ravel_pytree(tree)[0] for tree in moved)
+            differ = np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30)
+            print(learner, step, differ, np.linalg.norm(a))
+            assert differ < 1e-5
 
 
 HOST = """

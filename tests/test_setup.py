@@ -5,7 +5,7 @@ import time
 import jax
 import pytest
 
-from rlhf_jax import processes
+from rlhf_jax import arrivals, processes
 from rlhf_jax.config import ConfigError
 from rlhf_jax.processes import find
 
@@ -100,13 +100,21 @@ def test_what_is_incomplete_or_contradicts_itself_is_refused(environment, says, 
 def test_who_waits_says_so_and_a_failure_to_join_is_an_error(monkeypatch, capfd):
     def initialize(**arguments):
         assert arguments["num_processes"] == 4
-        time.sleep(0.5)
+        time.sleep(1.5)
         raise RuntimeError("nobody there")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(processes, "HINT", 0.1)
+    monkeypatch.setattr(arrivals, "HINT", 0.1)
     for name, value in PLAIN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="process 3 of 4 could not join the others"):
+    with pytest.raises(ConfigError, match="could not join the other processes"):
         processes.start()
-    assert "process 3 of 4 has waited 0.1 s" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "waiting up to 300 s: not all processes have come after 1 s; there: process 3 on" in said
+
+
+def test_a_time_out_that_is_none_is_refused(monkeypatch):
+    for name, value in {**PLAIN, "RLHF_JAX_WAIT": "soon"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="RLHF_JAX_WAIT=soon: valid is a whole number"):
+        processes.start()

@@ -250,3 +250,17 @@ def test_scanned_layers_keep_their_leading_axis_whole():
     mesh = sharding.make_mesh((2, 2, 2, 1))
     found = sharding.shardings({"layers": {"gate": tree_of(kernel=(3, 4, 4))}}, mesh)
     assert found["layers"]["gate"]["kernel"].spec == P(None, sharding.SHARE, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "share"),
+    [
+        ({0}, 1, ((0,), 1)),  # a tensor axis over all processes: each reads every row
+        ({4, 5, 6, 7}, 16, ((1,), 4)),
+        ({0, 1, 4, 5}, 16, ((0, 2), 8)),  # a host of 2 × 2 chips in a slice of 4 × 4
+        ({3}, 4, ((3,), 4)),
+        ({0, 2}, 4, ((0, 2), 4)),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices_in_slices_as_large_as_can_be(own, groups, share):
+    assert sharding.in_slices(own, groups) == share

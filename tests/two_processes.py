@@ -1,4 +1,4 @@
-"""One of two processes: `python two_processes.py TASK PORT RANK DIRECTORY`; prints JSON."""
+"""One of two processes: `python two_processes.py TASK DIRECTORY`; prints JSON."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from numpy.testing import assert_array_equal
 
-from rlhf_jax import cli, inference, objectives, phases, sharding, start
+from rlhf_jax import cli, inference, objectives, phases, processes, sharding, start
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import Config, From, Learner
 from rlhf_jax.models import pretrained, weights
@@ -51,8 +51,8 @@ def check(params):
                 assert_array_equal(part, one[shard.index[1:]])
 
 
-def main(task, port, rank, path):
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+def main(task, path):
+    processes.start(path)
     mesh, given = sharding.make_mesh((1, 2, 1, 1)), config(path / "model")
     found = {"base": peak()}
     with jax.set_mesh(mesh):
@@ -65,11 +65,11 @@ def main(task, port, rank, path):
             with Checkpoints(path / "run" / "checkpoints") as checkpoints:
                 checkpoints.save(1, state)
     if task == "export":
-        inference.export(given, path / "run", path / f"out{rank}")
+        inference.export(given, path / "run", path / f"out{jax.process_index()}")
     print("\n" + json.dumps(found), flush=True)
-    jax.distributed.shutdown()
+    processes.finish()
 
 
 if __name__ == "__main__":
     cli._quiet()
-    main(*sys.argv[1:4], Path(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlhf_jax.data.endless import check_shard
+from rlhf_jax.data.endless import Shard, own_rows
 from rlhf_jax.types import Labeled, Prompts, Sequences
 
 
 def drawn(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     draw: Callable[[jax.Array, int], Sequences | Prompts],
     salt: int = 0,
@@ -29,8 +29,7 @@ def drawn(
     `salt` keeps apart two streams of one run that draw with the same function. A study whose seeds
     train in one program calls `draw` inside it, with the same keys.
     """
-    index, count = check_shard(shard, batch)
-    mine = slice(index * batch // count, (index + 1) * batch // count)
+    mine = own_rows(shard, batch)
     source = grain.MapDataset.source(_Drawn(jax.jit(partial(draw, rows=batch)), seed, salt, mine))
     return source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
@@ -63,7 +62,7 @@ def whole_texts(
 class _Drawn:
     """This process's rows of every batch."""
 
-    def __init__(self, draw, seed: int, salt: int, mine: slice):
+    def __init__(self, draw, seed: int, salt: int, mine: np.ndarray):
         self.draw, self.seed, self.salt, self.mine = draw, seed, salt, mine
 
     def __len__(self) -> int:

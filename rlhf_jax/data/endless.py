@@ -1,4 +1,4 @@
-"""Rows in an endless order: shuffled, repeated, cut into batches, a slice of each per process.
+"""Rows in an endless order: shuffled, repeated, cut into batches, some of each per process.
 
 Row g of the sequence (g // n epochs over n records, each in its own order) is decided by the seed
 and g alone, and the whole state of an iterator is one integer.
@@ -15,23 +15,26 @@ import numpy as np
 
 from rlhf_jax.data import DataError
 
+# Whose rows of every batch: (i, k) is the i-th of k equal slices, ((i, j), k) are two of them.
+Shard = tuple[int | tuple[int, ...], int]
+
 
 def endless(
     records: Sequence,
     row: Callable,
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     number: Callable | None = None,
     shuffle: bool = True,
 ) -> grain.IterDataset:
-    """Shuffle, repeat, make rows, take this process's slices, batch. `row(record, rng) -> tree`.
+    """Shuffle, repeat, make rows, take this process's of each batch. `row(record, rng) -> tree`.
 
     `number(place, row)` tells a row its place in the sequence. Without `shuffle` every epoch has
     the records' own order: row g is that of record g modulo n.
     """
-    index, count = check_shard(shard, batch)
+    own = own_rows(shard, batch)
     if not 0 <= seed < 2**32:
         raise DataError(f"seed={seed}: must be at least 0 and below 2**32")
     if not shuffle:
@@ -42,28 +45,30 @@ def endless(
         rows = grain.MapDataset.source(_Epochs(records, seed)).seed(seed).random_map(row)
     if number is not None:
         rows = rows.map_with_index(number)
-    mine = grain.MapDataset.source(_Slices(rows, batch=batch, index=index, count=count))
-    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=_stack)
+    mine = grain.MapDataset.source(_Own(rows, own, batch))
+    batches = mine.batch(len(own), drop_remainder=True, batch_fn=_stack)
     # One thread and a few batches ahead: rows are cheap, and the device needs the host's cores.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
-def check_shard(shard: tuple[int, int], batch: int) -> tuple[int, int]:
-    """The shard, if it is one and `batch` rows divide over all of them.
+def own_rows(shard: Shard, batch: int) -> np.ndarray:
+    """The places in a batch of `batch` rows that are a shard's, in order.
 
     Raises:
-        DataError: if not.
+        DataError: if it is no shard, or the batch does not divide over all of them.
     """
     index, count = shard
-    if not 0 <= index < count:
+    slices = np.atleast_1d(index)
+    if not ((slices >= 0) & (slices < count)).all():
         raise DataError(f"shard={shard}: needs 0 ≤ index < count")
     at_least(batch, 1, "batch")
     if batch % count:
         raise DataError(
-            f"batch={batch} does not divide over {count} processes; "
+            f"batch={batch} does not divide into the {count} parts that the processes read; "
             f"use a multiple of {count}, such as {-(-batch // count) * count}"
         )
-    return shard
+    size = batch // count
+    return (slices[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def at_least(value: int, least: int, name: str) -> None:
@@ -90,21 +95,21 @@ class _Epochs:
         return f"{len(self.records)} records, shuffled and repeated"
 
 
-class _Slices:
-    """This process's rows, in order: its slice of batch 0, of batch 1, and so on."""
+class _Own:
+    """This process's rows, in order: those of batch 0, of batch 1, and so on."""
 
-    def __init__(self, rows, *, batch: int, index: int, count: int):
-        self.rows, self.batch, self.index, self.mine = rows, batch, index, batch // count
+    def __init__(self, rows, own: np.ndarray, batch: int):
+        self.rows, self.own, self.batch = rows, own, batch
 
     def __len__(self) -> int:
-        return sys.maxsize // self.batch * self.mine
+        return sys.maxsize // self.batch * len(self.own)
 
     def __getitem__(self, at: int):
-        step, place = divmod(int(at), self.mine)
-        return self.rows[step * self.batch + self.index * self.mine + place]
+        step, place = divmod(int(at), len(self.own))
+        return self.rows[step * self.batch + int(self.own[place])]
 
     def __repr__(self) -> str:
-        return f"slice {self.index} of batches of {self.batch}"
+        return f"{len(self.own)} rows of batches of {self.batch}"
 
 
 def _stack(rows):

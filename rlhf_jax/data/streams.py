@@ -2,9 +2,9 @@
 
 A stream is a function `(*, seed, shard, ...) -> grain.IterDataset`. Row g of the endless sequence
 is decided by the seed and g alone (`endless.py`); batch s is the rows s·batch .. (s+1)·batch − 1,
-and process i of k reads the i-th of k equal slices of it. So every global batch is the same, in the
-same order, whatever the number of processes, and the whole state of an iterator is one integer:
-`get_state()` and `set_state()` resume exactly.
+and `shard` says which of them this process makes. So every global batch is the same, in the same
+order, whatever the number of processes and the mesh, and the whole state of an iterator is one
+integer, the same in every process: `get_state()` and `set_state()` resume exactly, on any number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from rlhf_jax.data import DataError, chat, snippets, tokenizers, vader
-from rlhf_jax.data.endless import at_least, endless
+from rlhf_jax.data.endless import Shard, at_least, endless
 from rlhf_jax.data.packing import packed
 from rlhf_jax.data.pairing import Partners, one_rater_each, same_part
 from rlhf_jax.types import Labeled, Pairs, Prompts
@@ -34,7 +34,7 @@ HELDOUT = partial(snippets.rows, split="heldout")
 def text(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     length: int,
     tokenizer: str | Path,
@@ -77,7 +77,7 @@ def text(
 def prompts(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     length: int,
     tokenizer: str | Path,
@@ -121,7 +121,7 @@ def prompts(
 def chats(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     length: int,
     tokenizer: str | Path,
@@ -157,7 +157,7 @@ def chats(
 def chat_prompts(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     length: int,
     tokenizer: str | Path,
@@ -192,7 +192,7 @@ def chat_prompts(
     return endless(_rows(source), row, seed=seed, shard=shard, batch=batch, **order)
 
 
-def episodes(*, seed: int, shard: tuple[int, int], batch: int) -> grain.IterDataset:
+def episodes(*, seed: int, shard: Shard, batch: int) -> grain.IterDataset:
     """`Prompts` for an environment, which needs their names only; their one token is a 0.
 
     `prompt_id` is the place in the stream, as in `prompts`: no two episodes of a batch are one.
@@ -207,7 +207,7 @@ def episodes(*, seed: int, shard: tuple[int, int], batch: int) -> grain.IterData
 def pairs(
     *,
     seed: int,
-    shard: tuple[int, int],
+    shard: Shard,
     batch: int,
     length: int,
     tokenizer: str | Path,
