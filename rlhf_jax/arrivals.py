@@ -35,10 +35,10 @@ class Arrivals:
         seconds: float,
     ):
         self.process, self.processes, self.seconds = process, processes, seconds
-        self.beat = max(1.0, (processes or 1) / 8)  # so that thousands do not wear out a disk
+        self.beat = max(2.0, (processes or 1) / 8)  # so that thousands do not wear out a disk
         host = socket.gethostname()
         self.me = {"process": process, "host": host, "start": f"{time.time()} {os.getpid()}"}
-        self._folder = None if directory is None else epath.Path(directory) / "processes"
+        self._folder = epath.Path(directory) / "processes" if directory else None
         self._own = str(process if process is not None else host)
         self._seen: dict[str, tuple[dict, float | None]] = {}  # content, when it changed
         self._done = threading.Event()
@@ -100,7 +100,7 @@ class Arrivals:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / self._own).write_text(json.dumps(self.me | more))
-        except OSError as error:
+        except Exception as error:  # file systems of clouds raise what they like
             print(f"cannot write {self._folder / self._own}: {error}", flush=True)
             self._folder = None  # the run itself will say what to do
 

@@ -53,7 +53,8 @@ class Checkpoints:
     def __init__(self, directory: Any, *, keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep {keep}: at least 1 checkpoint must be kept")
-        self.directory = epath.Path(directory).absolute()
+        path = epath.Path(directory)
+        self.directory = path if path.is_absolute() else path.absolute()  # which spoils gs://
         if not read_only:
             _check_writable(self.directory)
         options = ocp.CheckpointManagerOptions(
@@ -287,9 +288,10 @@ def _check_writable(directory: epath.Path) -> None:
         probe = directory / f".writable-{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # file systems of clouds raise what they like
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"cannot write checkpoints to {directory}: {error.strerror or error}; "
+            f"cannot write checkpoints to {directory}: {reason}; "
             "choose another directory or change its permissions"
         ) from error
 

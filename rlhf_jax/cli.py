@@ -182,11 +182,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options) -> None:
+    import jax
+
     from rlhf_jax import runs
-    from rlhf_jax.report import report
 
     out = runs.start(options.file, options.settings, options.out, resume=options.resume)
-    print(f"report: {report(out)}", flush=True)
+    if jax.process_index() == 0:
+        print(f"report: {_reported(out)}", flush=True)
+
+
+def _reported(directory):
+    """Write a run's report beside what it is about."""
+    from rlhf_jax.bucket import Mirror
+    from rlhf_jax.report import report
+
+    with Mirror(directory) as mirror:
+        return directory / report(mirror.here).name
 
 
 def _study(options) -> None:
@@ -216,14 +227,14 @@ def _bench(options) -> None:
 
 
 def _report(options) -> None:
-    from rlhf_jax.report import report
+    from rlhf_jax.bucket import place
     from rlhf_jax.study import command
 
-    directory = Path(options.directory)
+    directory = place(options.directory)
     if (directory / "study.json").is_file():
         print(command.report(directory, file=options.file))
     else:
-        print(report(directory))
+        print(_reported(directory))
 
 
 def _show(options) -> None:

@@ -84,10 +84,11 @@ def _check(options: Namespace) -> None:
     for text in [*given, *options.settings, *options.sbatch]:
         if not text.isprintable():
             raise ConfigError(f"{text!r}: holds characters that cannot be printed")
-    if "://" in options.out:
+    bucket = options.out.startswith("gs://")
+    if "://" in options.out and not (bucket and options.on != "slurm"):
         raise ConfigError(
-            f"--out {options.out}: a run writes to a path; mount the bucket (--claim, --before) "
-            "and give the folder"
+            f"--out {options.out}: valid are a folder that all hosts see (mount a bucket with "
+            "--claim or --before), and with --on tpu-vm and gke gs://BUCKET/RUN"
         )
     if options.do == "up" and options.file is None:
         raise ConfigError("--do up needs an experiment: rlhf-jax launch FILE --on …")
@@ -119,7 +120,7 @@ def _tpu_vm(options: Namespace, bundle: Path) -> tuple[dict[Path, str], list[Ste
         }
         written[bundle / "host.sh"] = host(
             options,
-            extra="tpu",
+            extra=_extra(options, "tpu"),
             experiment=_bundled(options, bundle),
             wheel=f"./{Path(options.install or '').name}",
         )
@@ -190,8 +191,11 @@ def jobset(options: Namespace) -> str:
             raise ConfigError(f"--claim {options.claim}: valid is NAME=/PATH")
         mounts.append({"name": "out", "mountPath": path})
         volumes.append({"name": "out", "persistentVolumeClaim": {"claimName": claim}})
-    else:
-        raise ConfigError("--on gke needs --claim NAME=/PATH: a pod's own disk ends with the pod")
+    elif "://" not in options.out:
+        raise ConfigError(
+            "--on gke needs --claim NAME=/PATH or --out gs://BUCKET/RUN: a pod's own disk ends "
+            "with the pod"
+        )
     selector = {
         "cloud.google.com/gke-tpu-accelerator": kind.chip.label,
         "cloud.google.com/gke-tpu-topology": kind.shape,
@@ -218,7 +222,12 @@ def jobset(options: Namespace) -> str:
 
 def _pod(options: Namespace) -> str:
     work = f"/tmp/rlhf-jax/{options.name}"
-    return host(options, extra="tpu", experiment=options.file, work=work)
+    return host(options, extra=_extra(options, "tpu"), experiment=options.file, work=work)
+
+
+def _extra(options: Namespace, kind: str) -> str:
+    """What of rlhf-jax the hosts install besides."""
+    return f"{kind},gcs" if "://" in options.out else kind
 
 
 def _xpk(options: Namespace) -> Step:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def uniformly(rows: Any, rng: np.random.Generator, n: int) -> Any:
@@ -53,7 +54,9 @@ class Kept:
         path.mkdir(parents=True, exist_ok=True)
         files = {int(file.stem): file for file in path.glob("*.npz")}
         for step in [step for step in files if step >= start]:
-            files.pop(step).unlink()  # written after the checkpoint that is resumed from
+            later = files.pop(step)  # written after the checkpoint that is resumed from
+            if jax.process_index() == 0:
+                later.unlink()
         self.parts = []
         for step in sorted(files):
             with np.load(files[step]) as found:
@@ -62,8 +65,10 @@ class Kept:
     def add_and_draw(self, step: int, batch: Any, key: jax.Array) -> Any:
         """Keep the rows of this step; a batch of `pool.rows` of all that are kept."""
         names = [field.name for field in dataclasses.fields(batch)]
+        batch = multihost_utils.process_allgather(batch, tiled=True)  # every process has all rows
         made = {name: np.asarray(getattr(batch, name)) for name in names}
-        self._write(step, made)
+        if jax.process_index() == 0:
+            self._write(step, made)
         self.parts.append(made)
         together = {name: np.concatenate([x[name] for x in self.parts]) for name in names}
         newest = {name: x[-self.pool.size :] for name, x in together.items()}

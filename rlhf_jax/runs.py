@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax.bucket import place, write
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Pipeline
 from rlhf_jax.experience import agree
@@ -48,7 +48,8 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
     for stage in [value] if isinstance(value, Config) else value.stages.values():
         if isinstance(stage, Config):
             check(stage, devices=jax.device_count())  # before the directory is claimed
-    out = Path(out).resolve()
+    out = place(out)
+    out = out.resolve() if isinstance(out, Path) else out
     record = {
         "file": str(Path(file).resolve()),
         "settings": list(settings),
@@ -98,13 +99,10 @@ def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> Non
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        part = out / "run.json.part"
-        part.write_text(json.dumps(record, indent=1))
-        os.replace(part, path)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {out}: {error.strerror}; choose another --out"
-        ) from error
+        write(path, json.dumps(record, indent=1))
+    except Exception as error:  # file systems of clouds raise what they like
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot write to {out}: {reason}; choose another --out") from error
 
 
 def _short(lines: list[str]) -> list[str]:
@@ -129,7 +127,7 @@ def run_stages(pipeline: Pipeline, out: Path) -> None:
                 train(stage, directory, resume=again, stages=directories, stage=name)
             else:
                 stage(out)
-            done.touch()
+            done.write_text("")
         directories[name] = directory
 
 
@@ -149,7 +147,7 @@ def find(directory: str | Path, *, file: str | None = None) -> Recorded:
     Raises:
         ConfigError: if there is none, its file is gone, or the file says something else by now.
     """
-    directory = Path(directory)
+    directory = place(directory)
     path = directory / "run.json"
     if not directory.is_dir():
         raise ConfigError(f"there is no directory {directory}; give the --out of a train command")

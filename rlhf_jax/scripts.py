@@ -31,7 +31,7 @@ def filled(name: str, values: Mapping[str, str | Sequence[str]]) -> str:
 def host(
     options: Namespace, *, extra: str, experiment: str, work: str = "", wheel: str = ""
 ) -> str:
-    """host.sh for this job. `extra` is tpu, gpu or empty; `wheel` replaces a local wheel's path."""
+    """host.sh for this job. `extra`: gpu, tpu or tpu,gcs; `wheel` replaces a local path."""
     what, source, revision = options.install or "", "", ""
     extra = f"[{extra}]" if extra else ""
     if from_git(options):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from rlhf_jax import feed, sharding
+from rlhf_jax.bucket import place
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.config import Config, ConfigError, From
 from rlhf_jax.models import pretrained, weights
@@ -18,7 +19,7 @@ from rlhf_jax.phases import Phases, init, learner_state, phase_key
 from rlhf_jax.types import LearnerState, Params, Rollout, TrainState
 
 # Where the weights of a stage are: the directory of its run, or here, by learner.
-Stage = Path | Mapping[str, Params]
+Stage = os.PathLike | Mapping[str, Params]
 
 
 def begin(config: Config, phases: Phases, stages: Mapping[str, Stage]):
@@ -92,9 +93,9 @@ def filled(
         origin = start.path or start.stage or start.learner
         try:
             source = _source(start, model, stages, learners)
-            if isinstance(source, Path) and not hasattr(model, "part_of"):
+            if isinstance(source, os.PathLike) and not hasattr(model, "part_of"):
                 return _restored(target, source, start.learner, origin)
-            if isinstance(source, Path):
+            if isinstance(source, os.PathLike):
                 source = restore_params(source, start.learner)
             if hasattr(model, "part_of"):  # a probe reads some of the source's layers
                 source = each(model.part_of)(source)
@@ -123,7 +124,7 @@ def filled(
     return state.replace(learners=learners), frozen
 
 
-def _restored(target: Params, run: Path, learner: str, origin: str) -> Params:
+def _restored(target: Params, run: os.PathLike, learner: str, origin: str) -> Params:
     """`target` with a run's weights, each read straight to its place."""
 
     def common(shapes):
@@ -134,14 +135,14 @@ def _restored(target: Params, run: Path, learner: str, origin: str) -> Params:
     return weights.merged(target, restore_params(run, learner, target=common))
 
 
-def _source(start: From, model, stages, learners) -> Params | Path:
+def _source(start: From, model, stages, learners) -> Params | os.PathLike:
     """Weights as a tree, or the directory of the run that has them."""
     if start.path is not None and pretrained.is_directory(start.path):
         return pretrained.load(start.path, model)
     if start.path is not None and str(start.path).endswith(".safetensors"):
         return weights.load(start.path)
     if start.path is not None:
-        return Path(start.path)
+        return place(start.path)
     given = learners
     if start.stage is not None:
         if start.stage not in stages:
@@ -150,7 +151,7 @@ def _source(start: From, model, stages, learners) -> Params | Path:
             )
         given = stages[start.stage]
         if not isinstance(given, Mapping):
-            return Path(given)
+            return given
     if start.learner not in given:
         raise ValueError(f"no learner {start.learner!r}; valid: {sorted(given)}")
     found = given[start.learner]

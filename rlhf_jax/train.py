@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax import feed, sharding
+from rlhf_jax.bucket import Mirror
 from rlhf_jax.check import check
 from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
 from rlhf_jax.config import Config, ConfigError
@@ -61,6 +62,7 @@ def train(
     with (
         Preemption() as preemption,
         jax.set_mesh(mesh),
+        Mirror(out) as mirror,
         Checkpoints(out / "checkpoints", keep=keep) as checkpoints,
     ):
         streams = feed.opened_all(config)
@@ -80,13 +82,14 @@ def train(
         if start >= config.steps and latest is not None:
             print(f"already at step {start} of {config.steps}: nothing to do", flush=True)
         tokenizer = tokenizers.load(config.tokenizer)
-        with Meter(out, name=stage or config.name, start=start, total=config.steps) as meter:
+        here = mirror.here
+        with Meter(here, name=stage or config.name, start=start, total=config.steps) as meter:
             pools = {
-                name: Kept(out / "pools" / name, derived.pool, start)
+                name: Kept(here / "pools" / name, derived.pool, start)
                 for name, derived in config.derived.items()
                 if derived.pool is not None
             }
-            run = Run(config, phases, frozen, streams, pools, tokenizer, meter, out)
+            run = Run(config, phases, frozen, streams, pools, tokenizer, meter, here)
             if latest is None:
                 state = measure_reward(run, state)
                 show_samples(run, state, 0)
@@ -99,6 +102,7 @@ def train(
                     show_samples(run, state, done)
                 if stop or last or _due(done, config.checkpoint.every):
                     meter.flush()  # no checkpoint is newer than the log that leads to it
+                    mirror.send()
                     checkpoints.save(done, state, streams)
                 if stop and not last:
                     checkpoints.wait()

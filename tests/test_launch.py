@@ -72,6 +72,17 @@ def test_a_jobset_is_what_kubernetes_takes(capfd, which):
         jsonschema.validate(found, schemas()[which])
 
 
+def test_a_bucket_needs_no_claim_but_the_package_that_reads_it(capfd):
+    """A claim may still be there, for something else."""
+    without = [*GKE[:-2], "--dry-run", "--install", "rlhf-jax==0.1.0"]
+    status, out, err = launch(capfd, *without, out="gs://bucket/run")
+    assert status == 0, err
+    found = pod(yaml.safe_load(out))
+    assert [volume["name"] for volume in found["volumes"]] == ["shm"]
+    script = found["containers"][0]["command"][2]
+    assert "INSTALL='rlhf-jax[tpu,gcs]==0.1.0'" in script and "OUT=gs://bucket/run" in script
+
+
 def test_a_jobset_has_a_pod_per_host_and_a_job_per_slice(capfd):
     found = manifest(capfd, "--slices", 2, "--spot")
     jobs = found["spec"]["replicatedJobs"][0]
@@ -370,7 +381,8 @@ def test_kubectl_replaces_a_jobset_that_has_ended_and_no_other(capfd, tmp_path, 
         ([*VM, "--install", "x; y"], "valid is git+…, a wheel or rlhf-jax==VERSION"),
         ([*VM, "--set", "learner.policy=1"], "Valid: name, steps, learners"),
         ([*VM, "--set", "steps=1\ntouch x"], "cannot be printed"),
-        ([*VM, "--out", "gs://bucket/x"], "mount the bucket"),
+        ([*VM, "--out", "s3://bucket/x"], "mount a bucket"),
+        (["--on", "slurm", "--out", "gs://bucket/x"], "mount a bucket"),
         ([*VM, "--files", "/usr"], "is not in it"),
         (["--on", "slurm", "--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--on", "slurm"], "needs sbatch"),

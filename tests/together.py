@@ -13,15 +13,20 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 RLHF_JAX = (sys.executable, "-m", "rlhf_jax")
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def started(commands: Sequence[Sequence], *, processes: int | None = None, **environment):
     """The processes that run these commands, stdout and stderr in one pipe; killed at the end.
 
     `processes`: how many are expected, if there are to be more than commands.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     plain = {**os.environ, "XLA_FLAGS": QUICK} | {k: str(v) for k, v in environment.items()}
     plain["RLHF_JAX_COORDINATOR"] = f"127.0.0.1:{port}"
     plain["RLHF_JAX_PROCESSES"] = str(len(commands) if processes is None else processes)
@@ -43,7 +48,7 @@ def started(commands: Sequence[Sequence], *, processes: int | None = None, **env
             child.wait()
 
 
-def ended(children, timeout: float = 400) -> tuple[list[int], list[str]]:
+def ended(children, timeout: float = 900) -> tuple[list[int], list[str]]:
     """Exit statuses and what was said."""
     said = [child.communicate(timeout=timeout)[0] for child in children]
     return [child.returncode for child in children], said
