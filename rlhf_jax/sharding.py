@@ -231,7 +231,9 @@ def row_share(mesh: Mesh) -> tuple[int | tuple[int, ...], int]:
     groups = math.prod(mesh.shape[axis] for axis in ROWS[0])
     places = rows(mesh).devices_indices_map((groups,)).items()
     me = jax.process_index()
-    return in_slices({at.start or 0 for device, (at,) in places if device.process_index == me}, groups)
+    return in_slices(
+        {at.start or 0 for device, (at,) in places if device.process_index == me}, groups
+    )
 
 
 def in_slices(own: set[int], groups: int) -> tuple[tuple[int, ...], int]:

@@ -79,7 +79,7 @@ def until(children, reached, seconds=240):
 
 def train(out, processes, *arguments):
     command = [*RLHF_JAX, "train", Path(__file__).parent / "toy_rows.py", "--out", out]
-    return [[*command, "--set", f"mesh=({processes},1,1)", *arguments]] * processes
+    return [[*command, "--set", f"mesh=({processes},1,1,1)", *arguments]] * processes
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_a_step_that_kept_a_place_for_each_process_is_refused_and_its_weights_ar
         Checkpoints(tmp_path / "checkpoints") as checkpoints,
         pytest.raises(CheckpointError, match=r"older version.*From\(path=RUN\)"),
     ):
-        checkpoints.restore(1, on_mesh(state, (1, 1, 1)), {"text": stream()})
+        checkpoints.restore(1, on_mesh(state, (1, 1, 1, 1)), {"text": stream()})
     assert bits(restore_params(tmp_path, "policy")) == bits(state.learners["policy"].params)
 
 

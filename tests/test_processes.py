@@ -67,7 +67,7 @@ from rlhf_jax.optimizer import sgd
 
 def config():
     smoke = experiment.load({smoke!r})
-    step = partial(sgd, learning_rate=1.0)
+    step = partial(sgd, learning_rate=0.01)
     learners = {{name: replace(one, optimizer=step) for name, one in smoke.learners.items()}}
     return replace(smoke, learners=learners)
 """
@@ -78,7 +78,7 @@ def three_steps(folder, mesh):
     (folder / "plain.py").write_text(PLAIN.format(smoke=str(SMOKE)))
     out = folder / "x".join(map(str, mesh))
     settings = [f"--set={x}" for x in ("steps=3", "checkpoint.every=1", "checkpoint.keep=3")]
-    settings.append("--set=mesh=({},{},{})".format(*mesh))
+    settings.append("--set=mesh=({},{},{},{})".format(*mesh))
     command = [*RLHF_JAX, "train", folder / "plain.py", "--out", out, *settings]
     codes, said = together([command] * math.prod(mesh))
     assert not any(codes), said
@@ -87,11 +87,11 @@ def three_steps(folder, mesh):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return three_steps(tmp_path_factory.mktemp("alone"), (1, 1, 1))
+    return three_steps(tmp_path_factory.mktemp("alone"), (1, 1, 1, 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 2)], ids=["two", "four"])
+@pytest.mark.parametrize("mesh", [(2, 1, 1, 1), (1, 2, 2, 1)], ids=["two", "four"])
 def test_several_processes_sample_the_same_and_take_the_same_updates_as_one(tmp_path, alone, mesh):
     """(Adam divides by the root of a gradient's square: its updates differ by 5e-5.)"""
     runs = alone, three_steps(tmp_path, mesh)
