@@ -100,17 +100,17 @@ def test_what_is_incomplete_or_contradicts_itself_is_refused(environment, says, 
 def test_who_waits_says_so_and_a_failure_to_join_is_an_error(monkeypatch, capfd):
     def initialize(**arguments):
         assert arguments["num_processes"] == 4
-        time.sleep(1.5)
+        time.sleep(0.5)
         raise RuntimeError("nobody there")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(arrivals, "HINT", 0.1)
+    monkeypatch.setattr(arrivals, "HINT", 0.0)
     for name, value in PLAIN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="could not join the other processes"):
         processes.start()
     said = capfd.readouterr().out
-    assert "waiting up to 300 s: not all processes have come after 1 s; there: process 3 on" in said
+    assert "waiting up to 300 s: not all processes have come after 0 s; there: process 3 on" in said
 
 
 def test_a_time_out_that_is_none_is_refused(monkeypatch):
