@@ -1,19 +1,38 @@
-"""The commands for machines other than this one: doctor and launch."""
+"""The commands for machines other than this one: doctor, plan and launch."""
 
 from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
 
 TARGETS = ("tpu-vm", "gke", "slurm")
 ACTIONS = ("up", "status", "logs", "stop", "delete")
 
 
 def add(command, settings) -> None:
-    """Put both commands into the parser; `command` and `settings` are the helpers of cli.py."""
+    """Put these commands into the parser; `command` and `settings` are the helpers of cli.py."""
     doctor = command(
         "doctor", _doctor, "is this machine, or set of them, fit to train?", joins="checkpoints"
     )
     doctor.add_argument("file", nargs="?", metavar="FILE", help="an experiment that is to run here")
     doctor.add_argument("--checkpoints", metavar="DIR", help="where checkpoints are to be written")
     settings(doctor)
+
+    plan = command("plan", _plan, "does a run fit on a topology that is not there, and how fast?")
+    plan.add_argument("file", metavar="FILE", help="an experiment: a .py file with config()")
+    settings(plan)
+    plan.add_argument("--stage", help="a stage of a pipeline; default: the last run")
+    plan.add_argument(
+        "--topology",
+        required=True,
+        metavar="v5p:4x4x8",
+        help="or h200:1x8x8, slices × hosts × GPUs; cpu:8, this machine",
+    )
+    plan.add_argument("--mesh", metavar="fsdp=32,tensor=4", help="default: the experiment's")
+    plan.add_argument("--search", action="store_true", help="try all meshes, and plan the best")
+    plan.add_argument("--best", type=int, default=2, help="how many of them; default: 2")
+    plan.add_argument("--json", action="store_true", help="print everything, as JSON")
 
     launch = command("launch", _launch, "run an experiment on TPU VMs, GKE or SLURM; again: resume")
     launch.add_argument("file", nargs="?", metavar="FILE", help="the experiment, if --do is up")
@@ -70,6 +89,37 @@ def _doctor(options) -> int:
     stages = {value.name: value} if isinstance(value, Config) else getattr(value, "stages", {})
     configs = {name: stage for name, stage in stages.items() if isinstance(stage, Config)}
     return doctor.show(doctor.doctor(options.setup.source, configs, options.checkpoints))
+
+
+def _plan(options) -> int:
+    import jax
+
+    # Devices are described, not there; and what is compiled for them is not read from a cache.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    from rlhf_jax.experiment import load
+    from rlhf_jax.plan import chips, meshes, page, whole
+    from rlhf_jax.runs import Recorded, stage_of
+
+    value = load(options.file, options.settings)
+    config, _ = stage_of(Recorded(value, Path(options.file)), options.stage)
+    shape = whole.mesh_argument(options.mesh)
+    target = chips.target(options.topology)
+
+    def say(line):
+        print(line, file=sys.stderr, flush=True)
+
+    if options.search:
+        found = meshes.search(config, target, best=options.best, say=say)
+        shown, show = found["plans"], meshes.show
+    else:
+        found = whole.plan(config, target, mesh=shape, say=say)
+        shown, show = [found], page.show
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+    return 0 if any(one["fits"] for one in shown) else 1
 
 
 def _launch(options) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -29,14 +30,14 @@ def matrices(model: Any) -> int:
     """Weights that every token is multiplied by, without embedding and heads."""
     return sum(
         math.prod(x.shape)
-        for name, x in _shapes(model).items()
+        for name, x in shapes(model).items()
         if name.endswith(("/kernel", "/lora_a", "/lora_b")) and not name.endswith(HEADS)
     )
 
 
 def weight_bytes(model: Any) -> float:
     """Bytes of the weights in the dtype they are stored in: what a forward pass reads at least."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in _shapes(model).values())
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes(model).values())
 
 
 def decode_bytes(model: Any, *, rows: float, tokens: float) -> float:
@@ -58,5 +59,43 @@ def update_bytes(model: Any, *, passes: float) -> float:
     return weight_bytes(model) * (4 * passes + 7)
 
 
-def _shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return weights.flat(jax.eval_shape(model.init, jax.random.key(0)))
+def of_program(jaxpr: Any, *, at_most: int = 1) -> float:
+    """Operations of all matrix products that a traced program does, over all devices.
+
+    A scan's body counts as often as it runs, a loop whose end depends on data `at_most` times, of a
+    choice the branch that does most. What a backward pass recomputes is part of it.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, given = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = given["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+            continue
+        inner = [
+            [of_program(getattr(x, "jaxpr", x), at_most=at_most) for x in _flat(value)]
+            for value in given.values()
+        ]
+        inner = [count for counts in inner for count in counts]
+        if name == "while":
+            total += at_most * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "shard_map":  # of one device
+            total += given["mesh"].size * sum(inner)
+        else:
+            total += given.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+    return total
+
+
+def _flat(value: Any) -> list[Any]:
+    """Programs among an instruction's parameters."""
+    listed = value if isinstance(value, tuple | list) else (value,)
+    return [x for x in listed if hasattr(getattr(x, "jaxpr", x), "eqns")]
+
+
+@lru_cache(maxsize=32)
+def shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A model's weights by their paths; made once, for a model is a value."""
+    return weights.flat(jax.eval_shape(lambda: model.init(jax.random.key(0))))

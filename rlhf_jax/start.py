@@ -188,7 +188,8 @@ def abstract_frozen(config: Config, mesh) -> dict[str, Params]:
     """The same for the frozen trees."""
     found = {}
     for name in config.frozen:
-        shapes = jax.eval_shape(config.models[name].init, jax.random.key(0))
+        # The key inside: a mesh of devices that are not there holds no array.
+        shapes = jax.eval_shape(lambda n=name: config.models[n].init(jax.random.key(0)))
         found[name] = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,

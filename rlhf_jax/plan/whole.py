@@ -1,0 +1,127 @@
+"""Does a run fit on machines that are not there, and how fast can it be at most?
+
+The phases of the loop are compiled for the topology and read: memory, messages, operations. Nothing
+runs and no weight is made. Times are floors by the chip's published limits, not measurements.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+
+from rlhf_jax import sharding
+from rlhf_jax.config import Config, ConfigError
+from rlhf_jax.plan.advice import advice
+from rlhf_jax.plan.chips import Target
+from rlhf_jax.plan.phase import LARGEST, cache_bytes, held, measured
+from rlhf_jax.plan.programs import Run, device_bytes, host_batches, programs, sizes
+from rlhf_jax.train import prepared
+
+COMPILERS = 4  # programs compiled at a time, at most; each needs a few GB of the host
+
+
+def plan(
+    config: Config,
+    target: Target,
+    *,
+    mesh: Sequence[int] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Every phase compiled for the target: bytes, messages, operations, floors of time.
+
+    `say` is told of each phase before it is compiled, which can take minutes.
+
+    Raises:
+        ConfigError: if the experiment cannot run on such a mesh.
+    """
+    config = config if mesh is None else replace(config, mesh=tuple(mesh))
+    phases = prepared(config, target.devices)
+    host = host_batches(config)
+    run, size = programs(config, phases, host), sizes(config, host)
+    resident = held(run)
+
+    def one(program):
+        row = measured(config, program, run, target, phases.mesh)
+        say(f"{program.name}: {row['seconds']:.0f} s")
+        return row
+
+    say(f"compiling {', '.join(program.name for program in run.programs)}")
+    with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:  # XLA lets others run
+        found = list(pool.map(one, run.programs))
+    result = {
+        "experiment": config.name,
+        "topology": target.name,
+        "devices": len(target.devices),
+        "chip": asdict(target.chip),
+        "mesh": dict(phases.mesh.shape),
+        "resident": resident,
+        "cache": cache_bytes(config, phases.mesh.shape, size.get("experience")),
+        "phases": found,
+        "left_out": list(run.left_out),
+        "largest": _largest_leaves(run),
+    }
+    result |= _verdict(config, result, size)
+    return result | {"advice": advice(config, result)}
+
+
+def _verdict(
+    config: Config, found: Mapping[str, Any], size: Mapping[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Whether all phases fit, seconds of an iteration, and tokens a second."""
+    memory = found["chip"]["memory"]
+    fits = all(
+        "refused" not in phase and phase["memory"]["total"] <= memory for phase in found["phases"]
+    )
+    limits = [
+        [part[k] for k in ("compute", "memory", "links")]
+        for phase in found["phases"]
+        for part in phase.get("parts", {}).values()
+    ]
+    known = limits and not any(x is None for part in limits for x in part)
+    known = known and all("parts" in phase for phase in found["phases"])
+    # At best everything overlaps; at worst nothing does, each at its limit.
+    seconds = [sum(map(max, limits)), sum(map(sum, limits))] if known else None
+    speed = None
+    if seconds and "experience" in size:
+        tokens = size["experience"][0] * config.rollouts.length
+        speed = {"tokens": tokens, "tokens_per_second": [tokens / x for x in seconds]}
+    return {"fits": fits, "seconds": seconds, "speed": speed}
+
+
+def _largest_leaves(run: Run) -> list[tuple[int, str, str]]:
+    """Bytes on each device, path and shape of the largest arrays that stay."""
+    found = []
+    trees = {**run.state.learners, **run.frozen}
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            where = f"{name}/{sharding.path_name(path)}"
+            found.append((device_bytes(leaf), where, f"{leaf.dtype}{list(leaf.shape)}"))
+    return sorted(found, key=lambda one: -one[0])[:LARGEST]
+
+
+def mesh_argument(text: str | None) -> tuple[int, ...] | None:
+    """`fsdp=32,tensor=4`, the axes not named 1; or all sizes in the order of the axes.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    named = dict(part.split("=", 1) for part in parts if part.count("=") == 1)
+    sizes = parts if not named else [named.get(axis, "1") for axis in sharding.AXES]
+    whole = all(re.fullmatch(r"-1|[1-9]\d*", size) for size in sizes)
+    right = set(named) <= set(sharding.AXES) and len(named) in (0, len(parts))
+    if not (whole and right and len(sizes) == len(sharding.AXES)):
+        order = ",".join(sharding.AXES)
+        raise ConfigError(
+            f"--mesh {text}: name axes, such as fsdp=32,tensor=4 (of {order}; those not named are "
+            f"1), or give all {len(sharding.AXES)} sizes in this order; -1: what is left"
+        )
+    return tuple(int(size) for size in sizes)

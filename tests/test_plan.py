@@ -1,0 +1,380 @@
+"""Plans: bytes are those of live arrays, messages and operations those that pencils give."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import cli, flops, masked, objectives, sharding
+from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts
+from rlhf_jax.data.drawn import drawn, one_prompt
+from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.phases import build
+from rlhf_jax.plan import chips, collectives, compiled, meshes, page
+from rlhf_jax.plan.advice import advice
+from rlhf_jax.plan.phase import cache_bytes, held
+from rlhf_jax.plan.programs import host_batches, programs
+from rlhf_jax.plan.whole import plan
+from rlhf_jax.start import begin
+
+GIB = 2**30
+POD = str(Path(__file__).parent.parent / "experiments" / "models" / "pod.py")
+UNREAD = ("logp", "behaviour_logp", "ended", "prompt_id", "sample_id", "earned", "steps",
+          "ref_logp", "value", "reward", "target", "group_tokens")  # fmt: skip
+CHIP = chips.Chip("toy", memory=1e6, flops=1e9, bandwidth=1e8, link=1e7, network=1e6)
+
+
+@pytest.fixture
+def cache_kept():
+    """The command does without a compilation cache."""
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def paid(rollout, params):
+    return masked.at_last(jnp.ones(rollout.ended.shape), rollout.mask)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """A policy and its reference, sixteen texts of three and four tokens."""
+    model = Transformer(vocab=32, width=32, layers=1, heads=8, kv_heads=4, mlp=64, context=16)
+    return Config(
+        "toy",
+        steps=1,
+        learners={"policy": Learner(model, objectives.ppo, minibatches=2)},
+        frozen={"reference": Frozen(From("policy"))},
+        data={"prompts": partial(drawn, draw=partial(one_prompt, tokens=(1, 2, 3)), batch=16)},
+        rollouts=Rollouts(paid, length=4, value=None, show=0),
+        mesh=(2, 2, 2, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def target():
+    return replace(chips.target("cpu:8"), chip=CHIP, host=4)
+
+
+@pytest.fixture(scope="module")
+def found(config, target, compiled_once):
+    """The plan of a chip on which nothing fits."""
+    return plan(config, replace(target, chip=replace(CHIP, memory=2.0e4)))
+
+
+def on_one_device(tree):
+    """Bytes of live arrays on the first device."""
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(tree)
+        for shard in x.addressable_shards
+        if shard.device == first
+    )
+
+
+def test_bytes_of_a_plan_are_those_of_live_arrays(config, target, found):
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    with jax.set_mesh(mesh):
+        phases = build(config, mesh)
+    run = programs(config, phases, host_batches(config))
+    with jax.set_mesh(mesh):
+        state, frozen = begin(config, phases, {})
+    learner = state.learners["policy"]
+    assert held(run) == {
+        "policy: weights": on_one_device(learner.params),
+        "policy: optimiser": on_one_device(learner.opt_state),
+        "reference: frozen weights": on_one_device(frozen),
+    }
+    update = next(one for one in run.programs if one.name == "update/policy")
+    memory = found["phases"][-1]["memory"]
+    batch = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), update.arguments[2]
+    )
+    key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
+    read = batch.replace(**dict.fromkeys(UNREAD, ()))
+    before = on_one_device((learner, batch, jax.random.key_data(key)))
+    with jax.set_mesh(mesh):
+        after = phases.update["policy"](learner, {}, batch, key)
+    table = 8 * len(jax.tree.leaves(after))  # where each result lies, which XLA:CPU counts, too
+    assert memory["outputs"] == on_one_device(after) + table
+    assert memory["arguments"] == before - on_one_device(batch) + on_one_device(read)
+    # While it runs there is also the reference, what the update leaves unread, and nothing twice.
+    idle = on_one_device((frozen, state.step, state.control))
+    assert memory["total"] == memory["peak"] + idle + on_one_device(batch) - on_one_device(read)
+
+
+def test_a_plan_counts_every_phase_and_says_what_does_not_fit(found, capsys):
+    names = [phase["name"] for phase in found["phases"]]
+    assert names == ["copy/policy", "rollout", "reward", "score", "update/policy"]
+    assert not found["fits"] and found["advice"]
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+    rollout = found["phases"][1]
+    assert set(rollout["parts"]) == {"prefill", "decode"}
+    # Three of four tokens are decoded; what crosses tensor does so in every one of these steps.
+    inside = [one for one in rollout["collectives"] if one["bounded"]]
+    assert inside and all(one["count"] % 3 == 0 for one in inside)
+    best, worst = found["seconds"]
+    assert best <= worst
+    assert found["speed"]["tokens_per_second"][0] == pytest.approx(16 * 4 / best)
+    assert json.loads(json.dumps(found))["fits"] is False
+    page.show(found)
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "GiB less" in said
+
+
+def test_keys_and_values_are_divided_as_the_rollout_divides_them(config):
+    # A key and a value of four numbers for each token and each of four heads.
+    each, mesh = 8 * 7 * 2 * 4 * 4 * 4, {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
+    assert cache_bytes(config, mesh, (8, 7)) == each / 4
+    half = replace(config, rollouts=replace(config.rollouts, slots=4))
+    assert cache_bytes(half, mesh, (8, 7)) == each / 8
+    assert cache_bytes(config, {**mesh, "tensor": 2}, (8, 7)) == each / 8
+
+
+HAND = """
+HloModule hand, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carried: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %carried = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carried), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[4,8]{1,0} get-tuple-element(%carried), index=1
+  %gathered = f32[8,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+  %y = f32[4,8]{1,0} slice(%gathered), slice={[0:4], [0:8]}
+  ROOT %out = (s32[], f32[4,8]{1,0}) tuple(%next, %y)
+}
+
+%more (carried.1: (s32[], f32[4,8])) -> pred[] {
+  %carried.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carried.1), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%i.1, %ten), direction=LT
+}
+
+%again (given: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %given = (s32[], f32[4,8]{1,0}) parameter(0)
+  %z = f32[4,8]{1,0} get-tuple-element(%given), index=1
+  %moved = f32[4,8]{1,0} collective-permute(%z), channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}
+  %n = s32[] get-tuple-element(%given), index=0
+  ROOT %both = (s32[], f32[4,8]{1,0}) tuple(%n, %moved)
+}
+
+%unsure (given.1: (s32[], f32[4,8])) -> pred[] {
+  %given.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %m = s32[] get-tuple-element(%given.1), index=0
+  %zero = s32[] constant(0)
+  ROOT %is = pred[] compare(%m, %zero), direction=NE
+}
+
+ENTRY %main (p: f32[4,8]) -> f32[] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %first = (s32[], f32[4,8]{1,0}) tuple(%start, %p)
+  %loop = (s32[], f32[4,8]{1,0}) while(%first), condition=%more, body=%body
+  %open = (s32[], f32[4,8]{1,0}) while(%loop), condition=%unsure, body=%again
+  %q = bf16[16]{0} constant({...})
+  %all = bf16[16]{0} all-reduce(%q), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, to_apply=%add
+  %part = bf16[2]{0} reduce-scatter(%q), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %r = f32[] constant(0)
+}
+"""  # noqa: E501
+
+
+def test_messages_of_a_program_written_by_hand():
+    mesh = sharding.make_mesh((2, 2, 2, 1))
+    program = compiled.parse(HAND)
+    assert program.trips == {"body": 5, "again": None}  # 0, 2, 4, 6, 8
+    found = {(one.kind, one.axes): one for one in collectives.collectives(program, mesh)}
+    gather = found["all-gather", ("fsdp",)]
+    assert (gather.count, gather.bytes, gather.moved) == (5, 5 * 8 * 8 * 4, 5 * 4 * 8 * 4)
+    # Devices in the order 0 2 4 6 1 3 5 7, in rows of two: a column has 0 4 1 5.
+    reduce = found["all-reduce", ("data", "tensor")]
+    assert (reduce.count, reduce.bytes, reduce.moved) == (1, 32, 2 * 32 * 3 / 4)
+    scatter = found["reduce-scatter", ("data", "fsdp", "tensor")]
+    assert (scatter.count, scatter.bytes, scatter.moved) == (1, 32, 28)
+    permute = found["collective-permute", ("tensor",)]
+    assert (permute.count, permute.bytes, permute.unknown) == (1, 128, True)
+    found = collectives.collectives(program, mesh, at_most=7)
+    permute = next(one for one in found if one.kind == "collective-permute")
+    assert (permute.count, permute.bytes, permute.bounded) == (7, 7 * 128, True)
+    assert not permute.unknown
+
+
+def test_a_scan_sends_its_messages_once_a_layer():
+    """Weights [l, n, n] over fsdp and tensor: gathered forward and backward; a sum over data."""
+    layers, n, mesh = 3, 32, sharding.make_mesh((2, 2, 2, 1))
+
+    def loss(w, x):
+        def layer(x, w):
+            return sharding.split_rows(jnp.tanh(x @ w)), None
+
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    with jax.set_mesh(mesh):
+        w = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+        x = jax.ShapeDtypeStruct((16, n), jnp.float32, sharding=sharding.rows(mesh))
+        given = jax.ShapeDtypeStruct((layers, n, n), jnp.float32, sharding=w)
+        made = jax.jit(jax.grad(loss), out_shardings=w).lower(given, x).compile()
+    program = compiled.parse(made.as_text())
+    found = {(o.kind, o.axes): o for o in collectives.collectives(program, mesh)}
+    gathered = found["all-gather", ("fsdp",)]
+    assert (gathered.count, gathered.bytes) == (2 * layers, 2 * layers * n * n // 2 * 4)
+    assert found["all-reduce", ("data",)].bytes == layers * n * n // 4 * 4
+    assert not any(one.unknown or one.bounded for one in found.values())
+
+
+def test_operations_of_a_program_are_those_of_its_shapes_and_of_xla(model):
+    rows, tokens = 2, 64
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    text = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+
+    def forward(params, tokens):
+        return model.logits(params, model.apply(params, tokens).hidden)
+
+    traced = jax.jit(forward).trace(shapes, text)
+    counted = flops.of_program(traced.jaxpr)
+    useful = flops.forward(model, rows=rows, tokens=tokens, read=tokens)
+    # Attention is computed for all pairs, needed for those in the past; cosines are a product here.
+    pairs = 4 * model.width * model.layers * rows
+    useful += pairs * (tokens**2 - tokens * (tokens + 1) / 2)
+    assert counted == pytest.approx(useful, rel=0.02)
+    xla = traced.lower().compile().cost_analysis()["flops"]
+    assert counted < xla < 1.5 * counted  # what is not a product counts there, too
+
+
+def test_loops_count_as_often_as_they_run():
+    x = jnp.zeros((4, 4))
+
+    def scanned(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=5)[0]
+
+    def open_ended(x):
+        return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, x)
+
+    assert flops.of_program(jax.make_jaxpr(scanned)(x)) == 5 * 2 * 4**3
+    assert flops.of_program(jax.make_jaxpr(open_ended)(x), at_most=7) == 7 * 2 * 4**3
+
+
+def test_advice_names_the_amounts(config):
+    model = replace(config.learners["policy"].model, layers=4)
+    config = replace(config, learners={"policy": Learner(model, objectives.ppo)})
+    resident = {"policy: weights": 4.0, "policy: optimiser": 8.0, "reference: frozen weights": 4.0}
+    memory = {"peak": 20.0, "arguments": 8.0, "total": 30.0}
+    found = {
+        "chip": {"memory": 16.0}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1},
+        "resident": resident, "cache": 8.0,
+        "phases": [{"name": "update/policy", "memory": memory},
+                   {"name": "rollout", "memory": {**memory, "total": 17.0}},
+                   {"name": "score", "memory": {**memory, "total": 16.0}}],
+    }  # fmt: skip
+    said = {
+        (one["phase"], one["change"].split(":")[0]): one["saves"] for one in advice(config, found)
+    }
+    assert said["update/policy", "--mesh with data=1, fsdp=4"] == 8
+    assert said["update/policy", 'remat="full" in the model of learners.policy'] == 9
+    assert said["update/policy", "learners.policy.microbatches=2"] == 6
+    assert said["rollout", "rollouts.slots=8"] == 4
+    assert not any(phase == "score" for phase, _ in said)
+
+
+def test_what_meshes_cost_is_what_the_formulas_say(config):
+    """One layer, by hand: query and out 32², key and value 32 · 16, gate, up and down 32 · 64.
+
+    The embedding of 32 · 32 is the head, too.
+    """
+    size = {"experience": (16, 7)}
+    matrices = 2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 64
+    norms = 3 * 32
+    forward = 16 * (2 * matrices * 7 + 4 * 32 * 7 * 8 / 2 + 2 * 32 * 32 * 4)
+    update = 16 * (2 * matrices * 7 + 4 * 32 * 7 * 8 / 2 + 2 * 32 * 32 * 7)
+    compute = (3 * forward + 3 * update) / 8 / 1e9  # written, scored twice, learned from
+
+    def at(**sizes):
+        mesh = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, **sizes}
+        return meshes.estimate(config, mesh, size, CHIP)
+
+    weights = 4 * (matrices + norms + 32**2)
+    got, links = at(data=8)
+    assert got == pytest.approx(compute)
+    # Two optimiser steps, a sum of gradients over eight.
+    assert links == pytest.approx(2 * 2 * weights * 7 / 8 / 2e7)
+    got, links = at(fsdp=8)
+    # A rollout, two scores, and two steps forward, backward and of gradients.
+    assert links == pytest.approx((1 + 2 + 2 * 3) * weights * 7 / 8 / 2e7)
+    # Tensor halves the matrices, and adds up 28 tokens of a device twice in each of five passes.
+    got, links = at(data=4, tensor=2)
+    halved = 4 * ((matrices + 32**2) / 2 + norms)
+    summed = 5 * 4 * 28 * 32 * 4 / 2
+    assert links == pytest.approx((2 * 2 * halved * 3 / 4 + summed) / 2e7)
+    assert at(data=4, tensor=2)[1] < at(data=8)[1] < at(fsdp=8)[1]
+
+
+def test_search_refuses_with_reasons_and_ranks_the_rest(config, target):
+    judged = list(meshes.candidates(config, target))
+    assert len(judged) == math.comb(3 + 3, 3)  # 2³ over four axes
+    at = {tuple(one.mesh.values()): one for one in judged}
+    assert "heads" in at[1, 1, 8, 1].refused  # four heads of keys and values
+    ranked = sorted(judged, key=lambda one: one.seconds)
+    assert ranked[0].mesh == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1}  # as by hand
+    small = replace(target, chip=replace(CHIP, memory=at[4, 2, 1, 1].bytes - 1))
+    at = {tuple(one.mesh.values()): one for one in meshes.candidates(config, small)}
+    assert "does not fit" in at[4, 2, 1, 1].refused
+    assert at[1, 2, 4, 1].refused is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v9:2x2"], "v5e:16x16"),
+        (["--topology", "v5e:3x3"], "valid shapes of v5e"),
+        (["--topology", "h200:8"], "slices × hosts × GPUs"),
+        (["--topology", "cpu:many"], "cpu:8"),
+        (["--topology", "cpu:64"], "xla_force_host_platform_device_count=64"),
+        (["--topology", "cpu:8", "--mesh", "fsdp=8,heads=1"], "fsdp=32,tensor=4"),
+        (["--topology", "cpu:8", "--mesh", "fsdp=3"], "8 devices"),
+        (["--topology", "cpu:8", "--set", "size=9B"], "8B"),
+        (["--topology", "cpu:8", "--search"], "no limits of CPU"),
+    ],
+)
+def test_a_mistake_is_one_message_that_says_what_is_valid(arguments, says, capsys, cache_kept):
+    size = [] if "--set" in arguments else ["--set", "size=tiny"]
+    assert cli.main(["plan", POD, *size, *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("topology", "extra"), [("v5e:2x2", "plan-tpu"), ("h100:1x1x8", "plan-gpu")]
+)
+def test_a_compiler_that_is_not_installed_is_named_with_its_extra(topology, extra, monkeypatch):
+    monkeypatch.setattr(chips, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=extra):
+        chips.target(topology)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install 'rlhf-jax[plan-tpu]'")
+def test_a_tpu_that_is_not_there_is_planned_for(config):
+    target = chips.target("v5e:2x2")
+    found = plan(replace(config, mesh=(1, 2, 2, 1)), target)
+    assert found["fits"] and found["seconds"] is not None
+    assert {axis for p in found["phases"] for c in p["collectives"] for axis in c["axes"]} == {
+        "fsdp", "tensor"
+    }  # fmt: skip
+    assert not any(c["unknown"] for p in found["phases"] for c in p["collectives"])
