@@ -24,6 +24,8 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     console.print(_times(found))
     for line in verdict(found):
         console.print(line, highlight=False, markup=False)
+    wall, own = found["planned_in"], found["processor_seconds"]
+    console.print(f"planned in {wall:,.0f} s, with {own:,.0f} s of processors", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -79,31 +81,25 @@ def _messages(found) -> Table:
         "messages of one iteration",
         *("phase", "what", "over", "times", "GB in all", "GB a device receives", "seconds"),
     )
-    for phase in found["phases"]:
-        for one in phase.get("collectives", ()):
+    sent = [(phase, one) for phase in found["phases"] for one in phase.get("collectives", ())]
+    least = 1e-3 * sum(one["moved"] for _, one in sent)
+    for phase, one in sent:
+        if one["moved"] >= least:
             mark = "≤ " if one["bounded"] else ""
             mark = "? × " if one["unknown"] else mark
             seconds = "" if one["seconds"] is None else f"{one['seconds']:.3g}"
             cells = [f"{mark}{one['count']:,}", f"{one['bytes'] / GB:,.3g}"]
             cells += [f"{one['moved'] / GB:,.3g}", seconds]
             table.add_row(phase["name"], one["kind"], " × ".join(one["axes"]), *cells)
+    table.caption = f"{sum(one['moved'] < least for _, one in sent)} more are below a thousandth"
+    table.caption_justify = "left"
     return table
 
 
 def _times(found) -> Table:
-    table = _table(
-        "least seconds of one iteration, by the chip's limits",
-        *(
-            "phase",
-            "TFLOP a device",
-            "useful",
-            "compute",
-            "memory",
-            "links",
-            "overlapped",
-            "in turn",
-        ),
-    )
+    columns = ("phase", "TFLOP a device", "useful", "compute", "memory", "links")
+    title = "least seconds of one iteration, by the chip's limits"
+    table = _table(title, *columns, "overlapped", "in turn")
 
     def said(x):
         return "" if x is None else f"{x:.3g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -35,11 +36,12 @@ def plan(
 ) -> dict[str, Any]:
     """Every phase compiled for the target: bytes, messages, operations, floors of time.
 
-    `say` is told of each phase before it is compiled, which can take minutes.
+    `say` is told of each phase when it is compiled, which can take minutes.
 
     Raises:
         ConfigError: if the experiment cannot run on such a mesh.
     """
+    began = time.perf_counter(), time.process_time()
     config = config if mesh is None else replace(config, mesh=tuple(mesh))
     phases = prepared(config, target.devices)
     host = host_batches(config)
@@ -65,6 +67,8 @@ def plan(
         "phases": found,
         "left_out": list(run.left_out),
         "largest": _largest_leaves(run),
+        "planned_in": time.perf_counter() - began[0],
+        "processor_seconds": time.process_time() - began[1],
     }
     result |= _verdict(config, result, size)
     return result | {"advice": advice(config, result)}
