@@ -53,8 +53,7 @@ class Checkpoints:
     def __init__(self, directory: Any, *, keep: int = 2, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep {keep}: at least 1 checkpoint must be kept")
-        path = epath.Path(directory)
-        self.directory = path if path.is_absolute() else path.absolute()  # which spoils gs://
+        self.directory = _absolute(directory)
         if not read_only:
             _check_writable(self.directory)
         options = ocp.CheckpointManagerOptions(
@@ -253,7 +252,13 @@ def restore_frozen(run: Any, name: str, *, target: Target = None) -> Params:
     Raises:
         CheckpointError: if there is none of that name, or it is damaged.
     """
-    return stored.part(epath.Path(run) / "checkpoints" / FROZEN, (name,), target)
+    return stored.part(_absolute(run) / "checkpoints" / FROZEN, (name,), target)
+
+
+def _absolute(path: Any) -> epath.Path:
+    """Orbax finds nothing in a relative one; `absolute` of gs://… is another."""
+    path = epath.Path(path)
+    return path if path.is_absolute() else path.absolute()
 
 
 def _items(

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,11 @@ def load(file: str | Path, settings: Sequence[str] = ()) -> Config | Pipeline:
     module = _module(file)
     parameters = inspect.signature(module.config).parameters.values()
     given = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    own = [s for s in settings if s.partition("=")[0].split(".")[0] in given]
+    own = [s for s in settings if _first(s) in given]
+    fields = [f.name for kind in (Config, Pipeline) for f in dataclasses.fields(kind)]
+    for setting in settings:  # config() could fail for what a misspelt one was to say
+        if "=" in setting:
+            _check_name(_first(setting), (*given, *dict.fromkeys(fields)), setting)
     value = _called(file, module, **override(given, own))
     if type(value).__name__ == "Study":
         raise ConfigError(
@@ -116,11 +120,7 @@ def override(value: Any, settings: Sequence[str]) -> Any:
 def _replaced(node: Any, names: list[str], text: str, setting: str) -> Any:
     name, rest = names[0], names[1:]
     children = _children(node)
-    if name not in children:
-        near = difflib.get_close_matches(name, children, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        listed = ", ".join(children) if children else "nothing: it is a plain value"
-        raise ConfigError(f"--set {setting}: there is no {name!r} here.{hint} Valid: {listed}")
+    _check_name(name, children, setting)
     old = children[name]
     if rest:
         new = _replaced(old, rest, text, setting)
@@ -138,6 +138,18 @@ def _replaced(node: Any, names: list[str], text: str, setting: str) -> Any:
         raise
     except ValueError as error:  # a dataclass that refuses its own values
         raise ConfigError(f"--set {setting}: {error}") from error
+
+
+def _first(setting: str) -> str:
+    return setting.partition("=")[0].split(".")[0]
+
+
+def _check_name(name: str, valid: Collection[str], setting: str) -> None:
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(valid) if valid else "nothing: it is a plain value"
+        raise ConfigError(f"--set {setting}: there is no {name!r} here.{hint} Valid: {listed}")
 
 
 def _children(node: Any) -> dict[str, Any]:

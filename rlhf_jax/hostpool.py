@@ -102,7 +102,8 @@ class Pool:
                 if time.monotonic() >= deadline and not connection.poll():
                     raise RewardError(
                         f"the reward function {self.name} took longer than {timeout:g} s on row "
-                        f"{names[index]}; make it faster or raise from_text's timeout\n"
+                        f"{names[index]}; make it faster or raise from_text's timeout, such as "
+                        "--set rollouts.reward.timeout=300\n"
                         f"  text: {_shown(texts[index])}"
                     )
         return found

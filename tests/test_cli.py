@@ -59,6 +59,7 @@ def test_show_prints_every_number_and_the_batch_plan(capsys):
     [
         (["show", "nowhere.py"], "there is no experiment file nowhere.py"),
         (["show", SMOKE, "--set", "learners.policy.objective.clp=1"], "Did you mean 'clip'?"),
+        (["show", "experiments/models/ppo.py", "--set", "modl.path=x"], "Did you mean 'model'?"),
         (["show", SMOKE, "--set", "learner.policy=1"], "Valid: name, steps, learners"),
         (["show", SMOKE, "--set", "steps=many"], "valid is int"),
         (["show", SMOKE, "--set", "steps"], "write it as name.name=value"),

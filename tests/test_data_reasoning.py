@@ -1,5 +1,6 @@
 """Tasks of reasoning-gym: an answer earns what the entry of its own prompt says."""
 
+import pickle
 import sys
 from functools import partial
 
@@ -11,7 +12,7 @@ from test_chat import directory
 
 from rlhf_jax import masked
 from rlhf_jax.data import DataError, reasoning, streams, tokenizers
-from rlhf_jax.data.reasoning import Task, answer, rows, score, scorer
+from rlhf_jax.data.reasoning import Scorer, Task, answer, rows, scorer
 from rlhf_jax.rewards import from_text
 from rlhf_jax.types import Rollout
 
@@ -115,6 +116,13 @@ def test_every_answer_is_held_against_the_entry_of_its_own_prompt_in_any_process
 
 
 def test_entries_that_another_process_would_not_make_again_are_refused(library):
-    assert score("x", 0, task=TASK, digest=scorer(TASK).keywords["digest"]) == 0.0
+    assert Scorer(TASK, scorer(TASK).digest)("x", 0) == 0.0
     with pytest.raises(DataError, match="other entries in every process"):
-        score("x", 0, task=TASK, digest="what the trainer's process made")
+        Scorer(TASK, "what the trainer's process made")("x", 0)
+
+
+def test_a_worker_has_the_library_before_the_clock_of_its_first_text_starts(library):
+    sent = pickle.dumps(scorer(TASK))
+    reasoning._entries.cache_clear()
+    pickle.loads(sent)
+    assert reasoning._entries.cache_info().currsize == 1

@@ -148,6 +148,12 @@ def test_what_is_resumed_is_what_was_trained_bit_for_bit(run, capsys):
     jax.tree.map(assert_array_equal, jax.device_get(resumed), jax.device_get(state))
 
 
+def test_weights_that_stood_still_are_found_by_a_relative_path_too(run, base, monkeypatch):
+    monkeypatch.chdir(run[1].parent)
+    saved = restore_frozen(run[1].name, "reference")
+    jax.tree.map(assert_array_equal, saved, weights.load(base))
+
+
 def test_a_finished_run_speaks_with_its_adapter(run):
     state, out, config = run
     params = inference.learner_params(config, out, "policy")

@@ -293,3 +293,12 @@ def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, 
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         Transformer(**({"vocab": 8, "width": 32, "heads": 4, "kv_heads": 2} | sizes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "bf16"}, {"param_dtype": "int8"}, {"cache_dtype": "float64"}]
+)
+def test_numbers_of_a_kind_that_nobody_computes_in_are_refused(model, changes):
+    ((name, kind),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name} is '{kind}'; valid: .*'bfloat16'"):
+        replace(model, **changes)

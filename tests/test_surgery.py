@@ -415,8 +415,8 @@ def test_without_a_side_mlp_no_weight_is_added_and_with_one_every_weight_is_spli
     assert added == {f"layers_{i}/{n}/kernel": s for i in (0, 1) for n, s in expected.items()}
     split = {sharding.path_name(p): sharding.spec(p, x) for p, x in leaves(
         replace(MODEL, side_mlp=8, scan=True))}  # fmt: skip
-    assert split["layers/side_up/kernel"] == P(None, "fsdp", "tensor")
-    assert split["layers/side_down/kernel"] == P(None, "tensor", "fsdp")
+    assert split["layers/side_up/kernel"] == P(None, sharding.SHARE, "tensor")
+    assert split["layers/side_down/kernel"] == P(None, "tensor", sharding.SHARE)
 
 
 def leaves(model):

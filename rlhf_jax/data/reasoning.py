@@ -53,7 +53,27 @@ def scorer(task: Task) -> Callable[[str, int], float]:
     Raises:
         DataError: if there is no such data set, or it has no such option.
     """
-    return functools.partial(score, task=task, digest=_digest(task))
+    return Scorer(task, _digest(task))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What the data set gives for the answer in a text, 0 to 1; see `scorer`."""
+
+    task: Task
+    digest: str
+
+    def __call__(self, text: str, prompt_id: int) -> float:
+        """Of the answer in a text to the entry of its prompt."""
+        _same(self.task, self.digest)
+        entries = _entries(self.task)
+        entry = entries[prompt_id % len(entries)]
+        return float(entries.score_answer(answer(text), entry))
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """In a worker, before any text: the library takes seconds to be imported."""
+        self.__dict__.update(state)
+        _entries(self.task)
 
 
 def answer(text: str) -> str:
@@ -61,14 +81,6 @@ def answer(text: str) -> str:
     before, end, _ = text.rpartition("</answer>")
     _, begin, inside = before.rpartition("<answer>")
     return (inside if begin and end else text).strip()
-
-
-def score(text: str, prompt_id: int, *, task: Task, digest: str) -> float:
-    """What the data set gives for the answer in a text, 0 to 1; see `scorer`."""
-    _same(task, digest)
-    entries = _entries(task)
-    entry = entries[prompt_id % len(entries)]
-    return float(entries.score_answer(answer(text), entry))
 
 
 @functools.cache

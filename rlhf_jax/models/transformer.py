@@ -66,6 +66,9 @@ class Lora:
             raise ValueError(f"lora rank {self.rank}: at least 1")
 
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class Transformer:
     """Shape and precision of a model; `dtype` is what it computes in."""
@@ -123,12 +126,9 @@ class Transformer:
                     f"says replace(model, {name}=...)"
                 )
         known = {"positions": ("rotary", "learned"), "norm": ("rms", "layer"),
-                 "activation": tuple(ACTIVATIONS), "remat": tuple(REMAT)}  # fmt: skip
-        kinds = (None, "float32", "bfloat16", "float16", "int8")
-        if self.cache_dtype not in kinds:
-            raise ValueError(
-                f"cache_dtype is {self.cache_dtype!r}; valid: {', '.join(map(repr, kinds))}"
-            )
+                 "activation": tuple(ACTIVATIONS), "remat": tuple(REMAT),
+                 "cache_dtype": (None, *DTYPES[1:], "int8"), "dtype": DTYPES,
+                 "param_dtype": DTYPES}  # fmt: skip
         for name, valid in known.items():
             if getattr(self, name) not in valid:
                 raise ValueError(
