@@ -64,7 +64,7 @@ def lines(out):
     return [json.loads(line) for line in found if line.endswith("}")]
 
 
-def until(children, reached, seconds=240):
+def until(children, reached, seconds=600):
     """Wait for something to be so, while all live."""
     for _ in range(4 * seconds):
         if reached():
