@@ -134,7 +134,7 @@ def _strength(axes, r, sizes):
         axes.axhline(share, color="black", lw=0.9, ls=style, label=label, zorder=0)
     axes.set(xlabel="steps of RL", ylabel="P(B)")
     axes.set_title("P(B) while RL trains", loc="left", fontsize=10)
-    axes.legend(fontsize=7.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
+    axes.legend(fontsize=7.5, edgecolor="none", loc="lower right", bbox_to_anchor=(1, 0.1))
 
 
 def _abrupt(axes, r, sizes):
