@@ -14,6 +14,7 @@ from together import RLHF_JAX, ended, started
 
 from rlhf_jax import witness
 from rlhf_jax.arrivals import Arrivals
+from rlhf_jax.checkpoint import Checkpoints, restore_params
 
 HOSTS = ["a", "b", "c"]
 FATAL = (
@@ -98,9 +99,11 @@ def test_who_does_not_come_is_named_in_time_by_all_who_did(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_who_is_killed_is_named_in_time_by_all_who_are_left(tmp_path, victim):
+def test_who_is_killed_is_named_in_time_by_all_who_are_left_and_no_save_is_lost(tmp_path, victim):
+    """Every step is saved, so that the kill comes in the middle of a save."""
     options = {"RLHF_JAX_HEARTBEAT": 20, "JAX_COMPILATION_CACHE_DIR": tmp_path / "xla"}
-    with started(train(tmp_path / "run", 2), **options) as children:
+    commands = train(tmp_path / "run", 2, "--set", "checkpoint.every=1")
+    with started(commands, **options) as children:
         until(children, lambda: len(lines(tmp_path / "run")) > 12)
         children[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
@@ -111,6 +114,9 @@ def test_who_is_killed_is_named_in_time_by_all_who_are_left(tmp_path, victim):
     assert took < 60
     last = said[1 - victim].strip().splitlines()[-2:]
     assert f"error: gone: process {victim} on {socket.gethostname()}" in last[0], said
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() >= len(lines(tmp_path / "run")) - 2  # one may be in flight
+    assert restore_params(tmp_path / "run", "policy")  # bit for bit what was saved, or an error
 
 
 @pytest.mark.slow
