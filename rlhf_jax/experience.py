@@ -124,7 +124,7 @@ def checked_reward(run: Run, rollout: Rollout, params: Mapping[str, Params]) -> 
     except RewardError as found:
         error = found
     agree(error, "its reward is wrong")
-    return run.phases.place(reward) if on_host else reward
+    return run.phases.place(sharding.local(reward)) if on_host else reward
 
 
 def agree(error: Exception | None, what: str) -> None:

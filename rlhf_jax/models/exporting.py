@@ -155,7 +155,7 @@ def export_adapter(
 def _written(out: Path) -> Path:
     """Where all processes go on once the first has written."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"written: {out}")
+        multihost_utils.sync_global_devices("written")  # a path may be another on each host
     return out
 
 
