@@ -339,6 +339,25 @@ def test_search_refuses_with_reasons_and_ranks_the_rest(config, target):
     assert at[1, 2, 4, 1].refused is None
 
 
+def test_search_compiles_the_best_by_arithmetic_and_puts_the_fastest_that_fits_first(
+    config, target, monkeypatch
+):
+    asked = []
+
+    def planned(config, target, *, mesh, say):
+        """The first does not fit, the others are faster one after another."""
+        asked.append(mesh)
+        return {"fits": len(asked) > 1, "seconds": [9.0 - len(asked)] * 2, "mesh": mesh}
+
+    monkeypatch.setattr(meshes, "plan", planned)
+    found = meshes.search(config, target, best=3, say=lambda line: None)
+    seconds = [one["seconds"] for one in found["judged"] if one["refused"] is None]
+    assert seconds == sorted(seconds) and len(seconds) > 3
+    assert asked == [tuple(one["mesh"].values()) for one in found["judged"][:3]]
+    assert asked[0] == (4, 1, 2, 1)  # as by hand
+    assert [one["mesh"] for one in found["plans"]] == [asked[2], asked[1], asked[0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
