@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet() -> None:
     """Settings of the process: a persistent compilation cache, and no chatter of C++ libraries."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's remarks on files it does not need
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises, from threads
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

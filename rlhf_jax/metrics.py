@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,26 @@ class Meter:
             print(f"{self.name} {self.start}/{self.total}  compiling", flush=True)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         try:
             self.flush()
+        except OSError:
+            if kind is None:  # else a full disk is known by now, and the first error says more
+                raise
         finally:
             if self._progress is not None:
                 self._progress.stop()
             if self._host:
-                for file in self._files.values():
-                    file.close()
-                self._board.close()
+                self._close(quietly=kind is not None)
+
+    def _close(self, *, quietly: bool) -> None:
+        """Close all files; `quietly`: what cannot be written any more is no error."""
+        events = self._board.file_writer.event_writer
+        for file in (*self._files.values(), self._board):
+            with suppress(OSError) if quietly else nullcontext():
+                file.close()
+        if quietly:
+            events.close = lambda: None  # else it tries again at exit, with a traceback
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[Callable[[int], None]]:

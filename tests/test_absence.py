@@ -1,16 +1,19 @@
 """Processes that do not come, die, or are asked to stop; and others that go on with their work."""
 
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy_rows
-from together import RLHF_JAX, ended, started
+from together import RLHF_JAX, ended, started, together
 
 from rlhf_jax import witness
 from rlhf_jax.arrivals import Arrivals
@@ -117,6 +120,32 @@ def test_who_is_killed_is_named_in_time_by_all_who_are_left_and_no_save_is_lost(
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() >= len(lines(tmp_path / "run")) - 2  # one may be in flight
     assert restore_params(tmp_path / "run", "policy")  # bit for bit what was saved, or an error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="mounts a small disk")
+def test_a_full_disk_ends_both_and_they_go_on_once_there_is_room(tmp_path):
+    disk, xla = tmp_path / "disk", {"JAX_COMPILATION_CACHE_DIR": tmp_path / "xla"}
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        often = ("--set", "checkpoint.every=1", "--set", "checkpoint.keep=1000")
+        with started(train(disk / "run", 2, *often), RLHF_JAX_HEARTBEAT=20, **xla) as children:
+            codes, said = ended(children, timeout=150)
+        assert all(code not in (0, -signal.SIGKILL) for code in codes), said
+        assert any("was not written: the disk is full" in one for one in said), said
+        with Checkpoints(disk / "run" / "checkpoints", read_only=True) as checkpoints:
+            saved = checkpoints.steps()
+        assert saved == list(range(1, len(saved) + 1))
+        subprocess.run([*mount[:4], "remount,size=64m", *mount[5:]], check=True)
+        more = ("--resume", "--set", f"steps={len(saved) + 5}")
+        codes, said = together(train(disk / "run", 2, *more), **xla)
+        assert codes == [0, 0], said
+        assert [line["step"] for line in lines(disk / "run")] == list(range(len(saved) + 5))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow
