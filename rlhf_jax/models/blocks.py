@@ -74,7 +74,7 @@ def _kept(x: Array) -> Array:
     """
 
     def times_one(x):
-        return product(x, jnp.eye(x.shape[-1]))
+        return product(x, jnp.eye(x.shape[-1], dtype=x.dtype))
 
     return jax.lax.platform_dependent(x, cpu=times_one, default=lambda x: x)
 
