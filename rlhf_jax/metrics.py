@@ -68,16 +68,19 @@ class Meter:
         return self
 
     def __exit__(self, kind, *exception) -> None:
+        failed = kind is not None
         try:
             self.flush()
         except OSError:
-            if kind is None:  # else a full disk is known by now, and the first error says more
-                raise
+            if failed:  # the first error says more
+                return
+            failed = True
+            raise
         finally:
             if self._progress is not None:
                 self._progress.stop()
             if self._host:
-                self._close(quietly=kind is not None)
+                self._close(quietly=failed)
 
     def _close(self, *, quietly: bool) -> None:
         """Close all files; `quietly`: what cannot be written any more is no error."""

@@ -151,3 +151,13 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
         m.write(0, {"x": 1.0})
         m.samples(0, [{"prompt": "", "response": "", "reward": 0.0}])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_of_its_own_but_never_hides_the_first(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    full = pytest.raises(OSError, match=r"cannot write .*metrics.jsonl.*free some space")
+    with full, meter(tmp_path) as one:
+        one.write(0, {"loss": 1.0})
+    with pytest.raises(KeyError, match="first"), meter(tmp_path) as one:
+        one.write(0, {"loss": 1.0})
+        raise KeyError("first")
