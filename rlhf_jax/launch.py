@@ -90,6 +90,12 @@ def _check(options: Namespace) -> None:
             f"--out {options.out}: valid are a folder that all hosts see (mount a bucket with "
             "--claim or --before), and with --on tpu-vm and gke gs://BUCKET/RUN"
         )
+    there = r"gs://[^/]+/.+" if bucket else r"/.+" if options.on != "slurm" else r"(?!/$).+"
+    if not re.fullmatch(there, options.out):
+        raise ConfigError(
+            f"--out {options.out!r}: valid are gs://BUCKET/RUN, a path from / on (not / itself) "
+            "and, with --on slurm, one from here"
+        )
     if options.do == "up" and options.file is None:
         raise ConfigError("--do up needs an experiment: rlhf-jax launch FILE --on …")
     for name in ("slices", "nodes"):
@@ -187,8 +193,13 @@ def jobset(options: Namespace) -> str:
     volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     if options.claim:
         claim, _, path = options.claim.partition("=")
-        if not path.startswith("/"):
-            raise ConfigError(f"--claim {options.claim}: valid is NAME=/PATH")
+        if not re.fullmatch(r"[a-z0-9][-.a-z0-9]*=/[^/].*", options.claim):
+            raise ConfigError(f"--claim {options.claim}: valid is NAME=/PATH, a folder below /")
+        if "://" not in options.out and not Path(options.out).is_relative_to(path):
+            raise ConfigError(
+                f"--out {options.out} is not below {path}, where --claim is mounted: "
+                f"a pod's own disk ends with the pod; --out {path.rstrip('/')}/{options.name}"
+            )
         mounts.append({"name": "out", "mountPath": path})
         volumes.append({"name": "out", "persistentVolumeClaim": {"claimName": claim}})
     elif "://" not in options.out:

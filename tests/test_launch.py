@@ -387,7 +387,12 @@ def test_kubectl_replaces_a_jobset_that_has_ended_and_no_other(capfd, tmp_path, 
         (["--on", "slurm", "--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--on", "slurm"], "needs sbatch"),
         (VM, "--dry-run shows what would be run"),
-        (GKE, "needs kubectl"),
+        ([*GKE, "--out", "/runs/x"], "needs kubectl"),
+        ([*GKE, "--out", "/other/x"], "--out /runs/run-1"),
+        ([*GKE, "--claim", "runs=/"], "valid is NAME=/PATH, a folder below /"),
+        ([*GKE, "--out", "runs/x"], "a path from / on"),
+        ([*VM, "--out", "gs://bucket"], "gs://BUCKET/RUN"),
+        (["--on", "slurm", "--out", "/"], "not / itself"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_run(capfd, tmp_path, monkeypatch, arguments, says):

@@ -108,6 +108,7 @@ def test_bytes_of_a_plan_are_those_of_live_arrays(config, target, found):
     table = 8 * len(jax.tree.leaves(after))  # where each result lies, which XLA:CPU counts, too
     assert memory["outputs"] == on_one_device(after) + table
     assert memory["arguments"] == before - on_one_device(batch) + on_one_device(read)
+    assert memory["peak"] >= memory["arguments"] + memory["temporaries"]
     # While it runs there is also the reference, what the update leaves unread, and nothing twice.
     idle = on_one_device((frozen, state.step, state.control))
     assert memory["total"] == memory["peak"] + idle + on_one_device(batch) - on_one_device(read)

@@ -2,7 +2,7 @@
 
     rlhf-jax plan experiments/models/pod.py --set size=8B --topology v5e:16x16
     rlhf-jax plan experiments/models/pod.py --set size=70B --topology v5p:4x4x8
-    rlhf-jax train experiments/models/pod.py --set size=tiny --set rows=16 --out runs/pod
+    rlhf-jax train experiments/models/pod.py --set size=tiny --set dtype=float32 --out DIR
 
 Policy and critic are trained in full, float32 with bfloat16 computation; reference and reward model
 are frozen, in bfloat16. Without `path` weights are random, prompts are random tokens and nothing
@@ -47,20 +47,21 @@ def config(
     minibatches: int = 2,
     microbatches: int = 1,
     remat: str = "full",
-    cache_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",  # float32 on a CPU
+    cache_dtype: str | None = None,
     path: str | None = None,
     reward: str | None = None,
 ) -> Config:
     """Policy, critic, reference and reward model of one shape."""
     if size not in SIZES:
         raise ConfigError(f"size={size!r}; valid: {', '.join(SIZES)}")
-    policy = Transformer(**SIZES[size], dtype="bfloat16", scan=True, remat=remat,
+    policy = Transformer(**SIZES[size], dtype=dtype, scan=True, remat=remat,
                          cache_dtype=cache_dtype)  # fmt: skip
     critic = replace(policy, lm_head=False, value_head=True)
     start = From(path=path) if path is not None else None
     train = {"optimizer": partial(adam, learning_rate=1e-6), "minibatches": minibatches,
              "microbatches": microbatches, "start": start}  # fmt: skip
-    still = partial(replace, param_dtype="bfloat16")
+    still = partial(replace, param_dtype=dtype)
     return Config(
         name=f"pod_{size}",
         steps=100,

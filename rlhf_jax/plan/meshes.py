@@ -154,7 +154,7 @@ def estimate(
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     """The plans, and behind them all meshes with the reasons against them."""
-    console = console or Console()
+    console = console or page.wide()
     for one in found["plans"]:
         page.show(one, console)
         console.print()

@@ -11,9 +11,15 @@ from rich.table import Table
 GIB, GB = 2**30, 1e9
 
 
+def wide() -> Console:
+    """The terminal, or lines of a file that are long enough to cut no name."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Memory, messages and times of every phase, and the verdict."""
-    console = console or Console()
+    console = console or wide()
     mesh = " × ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
     chip = found["chip"]["name"]
     console.print(f"{found['experiment']} on {found['topology']}: {found['devices']} × {chip}")

@@ -61,7 +61,7 @@ def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> 
             row |= {"refused": _refusal(str(error)), "seconds": time.perf_counter() - began}
             return row
     row["seconds"] = time.perf_counter() - began
-    row["memory"] = _memory(program, run, made.memory_analysis())
+    row["memory"] = _memory(program, run, made.memory_analysis(), mesh)
     text = compiled.parse(made.as_text())
     messages = collectives.collectives(text, mesh, at_most=_loops(config, program))
     row["collectives"] = [
@@ -99,7 +99,7 @@ def _refusal(message: str) -> dict[str, Any]:
     }
 
 
-def _memory(program: Program, run: Run, found: Any) -> dict[str, int]:
+def _memory(program: Program, run: Run, found: Any, mesh: Any) -> dict[str, int]:
     """Bytes on each device while the phase runs: its own, and what else is alive."""
     passed = device_bytes((program.arguments, program.keywords))
     trees = sum(held(run).values())
@@ -111,7 +111,8 @@ def _memory(program: Program, run: Run, found: Any) -> dict[str, int]:
     # An argument that a program does not read is alive all the same.
     elsewhere += max(0, passed - found.argument_size_in_bytes)
     new = found.output_size_in_bytes - found.alias_size_in_bytes
-    peak = getattr(found, "peak_memory_in_bytes", 0)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"  # whose peak leaves them out
+    peak = 0 if on_cpu else getattr(found, "peak_memory_in_bytes", 0)
     whole = found.argument_size_in_bytes + new + found.temp_size_in_bytes
     # Temporaries are the sum of what XLA has allocated; by the peak, some were gone again.
     peak = peak if found.argument_size_in_bytes < peak < whole else whole
