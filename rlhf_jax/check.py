@@ -18,13 +18,13 @@ from rlhf_jax.models import weights
 from rlhf_jax.objectives.presets import Variant
 
 
-def check(config: Config, *, devices: int) -> None:
-    """Find mistakes before anything is compiled.
+def check(config: Config, *, devices: int, slices: int = 1) -> None:
+    """Find mistakes before anything is compiled; `slices`: of these devices.
 
     Raises:
         ConfigError: saying what was wrong and what is valid.
     """
-    mesh = checked_mesh(config, devices)
+    mesh = checked_mesh(config, devices, slices)
     _check_numbers(config)
     _check_calls(config, "")
     for name, frozen in config.frozen.items():

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 from rlhf_jax.config import Config, ConfigError, batch_size, rollout_rows
 from rlhf_jax.rollout import check_slots
-from rlhf_jax.sharding import AXES, mesh_shape
+from rlhf_jax.sharding import AXES, check_slices, mesh_shape
 
 
-def checked_mesh(config: Config, devices: int) -> tuple[int, ...]:
-    """The sizes of the experiment's mesh over so many devices.
+def checked_mesh(config: Config, devices: int, slices: int = 1) -> tuple[int, ...]:
+    """The sizes of the experiment's mesh over so many devices, in so many slices.
 
     Raises:
         ConfigError: saying which sizes are valid.
     """
     try:
-        return mesh_shape(config.mesh, devices)
+        mesh = mesh_shape(config.mesh, devices)
+        check_slices(mesh, slices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except TypeError as error:
         raise ConfigError(f"mesh={config.mesh}: four sizes, ({', '.join(AXES)})") from error
+    return mesh
 
 
 def check_sizes(config: Config, mesh: Sequence[int]) -> None:
@@ -45,9 +47,9 @@ def check_sizes(config: Config, mesh: Sequence[int]) -> None:
                 fits = [n for n in range(1, min(most, math.prod(mesh)) + 1) if most % n == 0]
                 up = ", ".join(f"{f}={-(-n // parts) * parts}" for f, n in wrong.items())
                 raise ConfigError(
-                    f"mesh {tuple(mesh)}: {axes} = {parts} does not divide "
-                    f"{', '.join(f'{f}={n}' for f, n in wrong.items())} of the model of "
-                    f"{name!r}; with this model {axes} can be {', '.join(map(str, fits))}, and "
+                    f"mesh {tuple(mesh)}: {', '.join(f'{f}={n}' for f, n in wrong.items())} of "
+                    f"the model of {name!r} cannot be split by {axes} = {parts}; with this model "
+                    f"{axes} can be {', '.join(map(str, fits))}, and "
                     f"{parts} needs a model with {up}"
                 )
 

@@ -62,11 +62,42 @@ def mesh_shape(shape: Sequence[int], devices: int) -> tuple[int, ...]:
     if -1 in sizes and devices % known == 0:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
+        asked = " × ".join(f"{axis} {n}" for axis, n in zip(AXES, sizes, strict=True) if n != 1)
+        wrong = f"{known} does not divide" if -1 in sizes else f"these are {known} of"
         raise ValueError(
-            f"mesh {tuple(shape)} over {AXES} does not use exactly the {devices} devices; "
-            f"try {(devices, 1, 1, 1)}"
+            f"mesh {tuple(shape)}: {asked or 'one device'}, and {wrong} the {devices} devices; "
+            f"try {_nearest(sizes, devices)}"
         )
     return tuple(sizes)
+
+
+def _nearest(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
+    """A mesh of all the devices with these sizes but data's, or with tensor's and sequence's."""
+    _, fsdp, *inner = sizes
+    for used, made in (
+        (math.prod(sizes[1:]), (-1, fsdp, *inner)),
+        (math.prod(inner), (1, -1, *inner)),
+    ):
+        if used > 0 and devices % used == 0:  # below 0: one of them is -1
+            return tuple(devices // used if n == -1 else n for n in made)
+    return devices, 1, 1, 1
+
+
+def check_slices(shape: Sequence[int], slices: int) -> None:
+    """Tensor and sequence stay inside a slice of TPUs, or of GPUs that NVLink joins.
+
+    Raises:
+        ValueError: if they cannot, saying which sizes can.
+    """
+    data, fsdp, tensor, sequence = shape
+    if data * fsdp % slices:
+        each = math.prod(shape) // slices
+        fits = [n for n in range(1, each + 1) if each % n == 0]
+        raise ValueError(
+            f"mesh {tuple(shape)} over {slices} slices (or hosts) of {each} devices: tensor × "
+            f"sequence = {tensor * sequence} must stay inside one and data × fsdp = {data * fsdp} "
+            f"be a multiple of {slices}; tensor × sequence can be {', '.join(map(str, fits))}"
+        )
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1, 1, 1), devices: Sequence | None = None) -> Mesh:
@@ -84,18 +115,11 @@ def device_grid(shape: Sequence[int], devices: Sequence) -> np.ndarray:
     small; tensor and sequence never leave one.
 
     Raises:
-        ValueError: if they would have to, saying which sizes fit.
+        ValueError: if they would have to (`check_slices`).
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    data, fsdp, tensor, sequence = shape
-    if data * fsdp % slices:
-        each = len(devices) // slices
-        fits = [n for n in range(1, each + 1) if each % n == 0]
-        raise ValueError(
-            f"mesh {tuple(shape)} over {slices} slices (or hosts) of {each} devices: tensor × "
-            f"sequence = {tensor * sequence} must stay inside one and data × fsdp = {data * fsdp} "
-            f"be a multiple of {slices}; tensor × sequence can be {', '.join(map(str, fits))}"
-        )
+    check_slices(shape, slices)
+    data = shape[0]
     outer = math.gcd(data, slices), slices // math.gcd(data, slices), 1, 1
     inner = [n // across for n, across in zip(shape, outer, strict=True)]
     make = partial(mesh_utils.create_device_mesh, inner)

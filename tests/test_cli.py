@@ -67,7 +67,10 @@ def test_show_prints_every_number_and_the_batch_plan(capsys):
         (["show", SMOKE, "--set", "rollouts.sampling.temperature=0.0"], "must be above 0"),
         (["show", SMOKE, "--set", "learners.policy.objective=grpo"], "this is code, not a number"),
         (["show", SMOKE, "--set", "mesh=(2,2)"], "needs four positive sizes"),
-        (["show", SMOKE, "--set", "mesh=(3,1,1,1)"], "does not use exactly the 8 devices"),
+        (
+            ["show", SMOKE, "--set", "mesh=(3,1,1,1)"],
+            "data 3, and these are 3 of the 8 devices; try (8, 1, 1, 1)",
+        ),
         (["show", SMOKE, "--set", "rollouts.microbatches=0"], "must be at least 1"),
         (["show", SMOKE, "--set", "rollouts.length=60"], "exceed the model's context of 64"),
         (["show", SMOKE, "--set", "rollouts.sampling.top_p=2.0"], "needs 0 < top_p ≤ 1"),

@@ -103,7 +103,7 @@ def test_one_process_ends_with_what_it_found(tmp_path, capsys, monkeypatch):
     assert "checkpoints" in out and not list((tmp_path / "run").iterdir())
     assert cli.main(["doctor", SMOKE, "--set", "mesh=(3,1,1,1)"]) == 1
     out = capsys.readouterr().out
-    assert "does not use exactly the 8 devices" in out and "→ change the experiment" in out
+    assert "these are 3 of the 8 devices" in out and "→ change the experiment" in out
     (tmp_path / "file").write_text("")
     assert cli.main(["doctor", "--checkpoints", str(tmp_path / "file" / "run")]) == 1
     assert "cannot write to" in capsys.readouterr().out

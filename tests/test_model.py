@@ -286,7 +286,7 @@ def test_bfloat16_computes_with_float32_weights_and_gives_float32_logits(model, 
     ("sizes", "message"),
     [
         ({"heads": 4, "kv_heads": 3}, "heads 4 must be a multiple of kv_heads 3"),
-        ({"width": 30}, "width 30 does not divide by heads 4"),
+        ({"width": 30}, "width 30 is no multiple of heads 4"),
         ({"head_dim": 5}, "5 of head_dim 5 are rotated: must be even"),
     ],
 )

@@ -148,7 +148,7 @@ class Transformer:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.rotated % 2:
             raise ValueError(
                 f"{self.rotated} of head_dim {self.size_of_head} are rotated: must be even, since "

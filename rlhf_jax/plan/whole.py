@@ -117,15 +117,25 @@ def mesh_argument(text: str | None) -> tuple[int, ...] | None:
     """
     if text is None:
         return None
-    parts = [part.strip() for part in text.split(",")]
-    named = dict(part.split("=", 1) for part in parts if part.count("=") == 1)
-    sizes = parts if not named else [named.get(axis, "1") for axis in sharding.AXES]
-    whole = all(re.fullmatch(r"-1|[1-9]\d*", size) for size in sizes)
-    right = set(named) <= set(sharding.AXES) and len(named) in (0, len(parts))
-    if not (whole and right and len(sizes) == len(sharding.AXES)):
-        order = ",".join(sharding.AXES)
-        raise ConfigError(
-            f"--mesh {text}: name axes, such as fsdp=32,tensor=4 (of {order}; those not named are "
-            f"1), or give all {len(sharding.AXES)} sizes in this order; -1: what is left"
+    order = ",".join(sharding.AXES)
+
+    def wrong(why):
+        return ConfigError(
+            f"--mesh {text}: {why}. Name axes, such as fsdp=32,tensor=4 (of {order}; those not "
+            f"named are 1), or give all {len(sharding.AXES)} sizes in this order; -1: what is left"
         )
-    return tuple(int(size) for size in sizes)
+
+    parts = [part.strip() for part in text.split(",")]
+    if not any("=" in part for part in parts):
+        if len(parts) != len(sharding.AXES):
+            raise wrong(f"these are {len(parts)} sizes")
+        parts = [f"{axis}={size}" for axis, size in zip(sharding.AXES, parts, strict=True)]
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    for part in parts:
+        axis, _, size = part.partition("=")
+        if axis not in sizes:
+            raise wrong(f"{axis!r} is no axis")
+        if not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise wrong(f"{axis} is {size or 'nothing'}, not a number from 1 or -1")
+        sizes[axis] = int(size)
+    return tuple(sizes.values())
