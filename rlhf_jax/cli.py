@@ -241,7 +241,7 @@ def _show(options) -> None:
     import jax
 
     from rlhf_jax.check import check
-    from rlhf_jax.config import Config, batch_plan
+    from rlhf_jax.config import Config, batch_plan, runs_of
     from rlhf_jax.experiment import describe, load, load_study
 
     if options.preset is not None:
@@ -249,16 +249,12 @@ def _show(options) -> None:
         print(json.dumps({"settings": describe(settings), "study": describe(study)}, indent=2))
         return
     value = load(options.file, options.settings)
-    shown = {"config": describe(value)}
-    devices = jax.device_count()
-    if isinstance(value, Config):
-        check(value, devices=devices)
-        shown["batch plan"] = batch_plan(value, devices=devices)
-    else:
-        stages = {k: v for k, v in value.stages.items() if isinstance(v, Config)}
-        for stage in stages.values():
-            check(stage, devices=devices)
-        shown["batch plan"] = {k: batch_plan(v, devices=devices) for k, v in stages.items()}
+    plans = {}
+    for name, run in runs_of(value).items():
+        check(run, devices=jax.device_count())
+        plans[name] = batch_plan(run, devices=jax.device_count())
+    single = isinstance(value, Config)
+    shown = {"config": describe(value), "batch plan": plans[value.name] if single else plans}
     print(json.dumps(shown, indent=2))
 
 

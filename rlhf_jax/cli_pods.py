@@ -52,42 +52,51 @@ def add(command, settings) -> None:
     launch.add_argument("--before", metavar="COMMAND", help="run by every host first: mount …")
     launch.add_argument("--restarts", type=int, default=20, help="at most; default: 20")
 
-    tpu = launch.add_argument_group("tpu-vm and gke")
-    tpu.add_argument("--topology", metavar="v5p:4x4x8", help="kind of chip, and their arrangement")
-    tpu.add_argument("--slices", type=int, default=1, help="of that topology; default: 1")
-    tpu.add_argument("--spot", action="store_true", help="cheaper, and taken back at any time")
-    tpu.add_argument("--zone", help="of Google Cloud")
-    tpu.add_argument("--project", help="of Google Cloud; default: gcloud's own")
+    own = {}  # option -> the targets it is for, and its default
 
-    vm = launch.add_argument_group("tpu-vm")
-    vm.add_argument("--files", metavar="DIR", help="copied to the hosts; default: FILE's folder")
-    vm.add_argument("--runtime", metavar="IMAGE", help="of the machines; default: the chip's")
-    vm.add_argument("--until", metavar="6h", help="how long to wait in the queue; default: forever")
+    def group(*targets):
+        options = launch.add_argument_group(" and ".join(targets))
 
-    gke = launch.add_argument_group("gke")
-    gke.add_argument("--image", help="with bash, and Python or rlhf-jax")
-    gke.add_argument("--claim", metavar="NAME=PATH", help="a PersistentVolumeClaim, mounted there")
-    gke.add_argument("--namespace", help="default: kubectl's own")
-    gke.add_argument("--xpk", metavar="CLUSTER", help="by XPK on this cluster, not kubectl")
+        def option(name, **more):
+            made = options.add_argument(name, **more)
+            own[made.dest] = targets, made.default
 
-    slurm = launch.add_argument_group("slurm")
-    slurm.add_argument("--nodes", type=int, default=1, help="default: 1")
-    slurm.add_argument("--gpus", type=int, default=0, help="of each node; default: 0")
-    slurm.add_argument("--time", metavar="LIMIT", help="as sbatch has it: 1-12:00:00")
-    slurm.add_argument("--partition", help="default: the cluster's own")
-    slurm.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="more for sbatch; repeat"
-    )
+        return option
+
+    tpu = group("tpu-vm", "gke")
+    tpu("--topology", metavar="v5p:4x4x8", help="kind of chip, and their arrangement")
+    tpu("--slices", type=int, default=1, help="of that topology; default: 1")
+    tpu("--spot", action="store_true", help="cheaper, and taken back at any time")
+    tpu("--zone", help="of Google Cloud; with --on gke for --xpk")
+    tpu("--project", help="of Google Cloud; default: gcloud's own")
+
+    vm = group("tpu-vm")
+    vm("--files", metavar="DIR", help="copied to the hosts; default: FILE's folder")
+    vm("--runtime", metavar="IMAGE", help="of the machines; default: the chip's")
+    vm("--until", metavar="6h", help="how long to wait in the queue; default: forever")
+
+    gke = group("gke")
+    gke("--image", help="with bash, and Python or rlhf-jax")
+    gke("--claim", metavar="NAME=PATH", help="a PersistentVolumeClaim, mounted there")
+    gke("--namespace", help="default: kubectl's own")
+    gke("--xpk", metavar="CLUSTER", help="by XPK on this cluster, not kubectl")
+
+    slurm = group("slurm")
+    slurm("--nodes", type=int, default=1, help="default: 1")
+    slurm("--gpus", type=int, default=0, help="of each node; default: 0")
+    slurm("--time", metavar="LIMIT", help="as sbatch has it: 1-12:00:00")
+    slurm("--partition", help="default: the cluster's own")
+    slurm("--sbatch", action="append", default=[], metavar="OPTION", help="more for sbatch; repeat")
+    launch.set_defaults(own=own)
 
 
 def _doctor(options) -> int:
     from rlhf_jax import doctor
-    from rlhf_jax.config import Config
+    from rlhf_jax.config import runs_of
     from rlhf_jax.experiment import load
 
-    value = load(options.file, options.settings) if options.file is not None else {}
-    stages = {value.name: value} if isinstance(value, Config) else getattr(value, "stages", {})
-    configs = {name: stage for name, stage in stages.items() if isinstance(stage, Config)}
+    given = options.file is not None
+    configs = runs_of(load(options.file, options.settings)) if given else {}
     return doctor.show(doctor.doctor(options.setup.source, configs, options.checkpoints))
 
 

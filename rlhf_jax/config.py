@@ -192,6 +192,12 @@ class Pipeline:
     stages: Mapping[str, Config | Callable]
 
 
+def runs_of(value: Config | Pipeline) -> dict[str, Config]:
+    """The runs of an experiment by name: itself, or a pipeline's stages that are runs."""
+    stages = {value.name: value} if isinstance(value, Config) else value.stages
+    return {name: stage for name, stage in stages.items() if isinstance(stage, Config)}
+
+
 def batch_size(config: Config, stream: str) -> int | None:
     """Rows that one batch of a stream has over all processes, if the stream says so."""
     fn = config.data[stream]

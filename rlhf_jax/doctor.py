@@ -35,7 +35,7 @@ def doctor(source: str, configs: Mapping[str, Config], directory: str | None) ->
     with probes.Patience():
         facts = probes.gathered(probes.local_facts())
         lines = [versions(facts), processes(source, facts), devices(facts), memory(facts)]
-        lines += meshes(configs, jax.device_count())
+        lines += meshes(configs, jax.devices())
         if len(facts) > 1:
             lines.append(clock(probes.clock_readings()))
         if all(line.level != "fail" for line in lines):  # else there may be no such mesh
@@ -105,12 +105,12 @@ def memory(facts: Facts) -> Line:
     return Line("ok", "memory", said)
 
 
-def meshes(configs: Mapping[str, Config], count: int) -> list[Line]:
+def meshes(configs: Mapping[str, Config], devices: Sequence) -> list[Line]:
     """The experiment's stages against the devices that are there."""
-    lines = []
+    lines, count = [], len(devices)
     for name, config in configs.items():
         try:
-            check(config, devices=count)
+            check(config, devices=count, slices=sharding.slices_of(devices))
         except ConfigError as error:
             todo = "change the experiment with --set, or the number of devices"
             lines.append(Line("fail", "mesh", f"{name}: {error}", todo))

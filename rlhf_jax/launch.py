@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from rlhf_jax.check_launch import check_launch
 from rlhf_jax.config import ConfigError
-from rlhf_jax.experiment import load
 from rlhf_jax.scripts import TEMPLATES, filled, from_git, host
 from rlhf_jax.topologies import Slice, topology
 
@@ -41,7 +41,7 @@ def launch(options: Namespace) -> int:
     Raises:
         ConfigError: for a mistake, before anything is run.
     """
-    _check(options)
+    check_launch(options)
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / options.name
         written, steps = _TARGETS[options.on](options, bundle)
@@ -74,39 +74,6 @@ def _said(arguments: Sequence[str]) -> str:
     return subprocess.run(arguments, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def _check(options: Namespace) -> None:
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
-        raise ConfigError(
-            f"--name {options.name!r}: valid are up to 40 small letters, digits and -, a letter "
-            "first and no - last"
-        )
-    given = [f"{k}={v}" for k, v in vars(options).items() if isinstance(v, str)]
-    for text in [*given, *options.settings, *options.sbatch]:
-        if not text.isprintable():
-            raise ConfigError(f"{text!r}: holds characters that cannot be printed")
-    bucket = options.out.startswith("gs://")
-    if "://" in options.out and not (bucket and options.on != "slurm"):
-        raise ConfigError(
-            f"--out {options.out}: valid are a folder that all hosts see (mount a bucket with "
-            "--claim or --before), and with --on tpu-vm and gke gs://BUCKET/RUN"
-        )
-    there = r"gs://[^/]+/.+" if bucket else r"/.+" if options.on != "slurm" else r"(?!/$).+"
-    if not re.fullmatch(there, options.out):
-        raise ConfigError(
-            f"--out {options.out!r}: valid are gs://BUCKET/RUN, a path from / on (not / itself) "
-            "and, with --on slurm, one from here"
-        )
-    if options.do == "up" and options.file is None:
-        raise ConfigError("--do up needs an experiment: rlhf-jax launch FILE --on …")
-    for name in ("slices", "nodes"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.do == "up" and Path(options.file).is_file():
-        load(options.file, options.settings)  # a mistake costs less here
-    elif options.do == "up" and options.on != "gke" and not from_git(options):
-        raise ConfigError(f"there is no experiment file {options.file}")
-
-
 def _tpu_vm(options: Namespace, bundle: Path) -> tuple[dict[Path, str], list[Step]]:
     if options.zone is None:
         raise ConfigError("--on tpu-vm needs --zone, where the machines are: --zone us-east5-a")
@@ -131,6 +98,8 @@ def _tpu_vm(options: Namespace, bundle: Path) -> tuple[dict[Path, str], list[Ste
             wheel=f"./{Path(options.install or '').name}",
         )
         _warn(options, kind)
+        if not (options.install or options.before or options.runtime):
+            print("# a new machine has no rlhf-jax: give --install, or have --before do it")
     return {bundle / "tpu-vm.sh": filled("tpu-vm.sh", values), **written}, steps
 
 
@@ -140,6 +109,8 @@ def _bundled(options: Namespace, bundle: Path) -> str:
         return options.file
     folder = Path(options.files or Path(options.file).parent).resolve()
     file = Path(options.file).resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--files {options.files}: is no folder")
     if not file.is_relative_to(folder):
         raise ConfigError(f"--files {options.files}: {options.file} is not in it")
     shutil.copytree(

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.bucket import place, write
 from rlhf_jax.check import check
-from rlhf_jax.config import Config, ConfigError, Pipeline
+from rlhf_jax.config import Config, ConfigError, Pipeline, runs_of
 from rlhf_jax.experience import agree
 from rlhf_jax.experiment import describe, difference, load
 from rlhf_jax.train import train
@@ -45,9 +45,8 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
         ConfigError: if the experiment is wrong, or the directory holds a run that this would harm.
     """
     value = load(file, settings)
-    for stage in [value] if isinstance(value, Config) else value.stages.values():
-        if isinstance(stage, Config):
-            check(stage, devices=jax.device_count())  # before the directory is claimed
+    for run in runs_of(value).values():
+        check(run, devices=jax.device_count())  # before the directory is claimed
     out = place(out)
     out = out.resolve() if isinstance(out, Path) else out
     record = {
@@ -171,7 +170,7 @@ def stage_of(found: Recorded, stage: str | None) -> tuple[Config, Path]:
         if stage is not None:
             raise ConfigError(f"{found.directory} is a single run; leave --stage out")
         return found.value, found.directory
-    runs = {k: v for k, v in found.value.stages.items() if isinstance(v, Config)}
+    runs = runs_of(found.value)
     name = stage if stage is not None else list(runs)[-1]
     if name not in runs:
         raise ConfigError(f"there is no stage {name!r}; valid: {', '.join(runs)}")

@@ -83,6 +83,11 @@ def _nearest(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return devices, 1, 1, 1
 
 
+def slices_of(devices: Sequence) -> int:
+    """How many slices of TPUs, or hosts of GPUs that NVLink joins, they are in."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def check_slices(shape: Sequence[int], slices: int) -> None:
     """Tensor and sequence stay inside a slice of TPUs, or of GPUs that NVLink joins.
 
@@ -117,7 +122,7 @@ def device_grid(shape: Sequence[int], devices: Sequence) -> np.ndarray:
     Raises:
         ValueError: if they would have to (`check_slices`).
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slices_of(devices)
     check_slices(shape, slices)
     data = shape[0]
     outer = math.gcd(data, slices), slices // math.gcd(data, slices), 1, 1

@@ -21,6 +21,7 @@ class Chip:
     label: str  # of GKE's nodes
     runtime: str | None  # image of TPU VMs; None: there are none
     axes: int
+    devices: int = 1  # of JAX, per chip
 
 
 CHIPS = {
@@ -28,7 +29,7 @@ CHIPS = {
     "v5e": Chip("v5litepod", 1, "tpu-v5-lite-podslice", "v2-alpha-tpuv5-lite", 2),
     "v5p": Chip("v5p", 2, "tpu-v5p-slice", "v2-alpha-tpuv5", 3),
     "v6e": Chip("v6e", 1, "tpu-v6e-slice", "v2-alpha-tpuv6e", 2),
-    "tpu7x": Chip("tpu7x", 2, "tpu7x", None, 3),
+    "tpu7x": Chip("tpu7x", 2, "tpu7x", None, 3, devices=2),
 }
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # larger ones are made of cubes of 4x4x4
@@ -45,6 +46,11 @@ class Slice:
     def chips(self) -> int:
         """How many there are."""
         return math.prod(int(n) for n in self.shape.split("x"))
+
+    @property
+    def devices(self) -> int:
+        """How many JAX sees."""
+        return self.chips * self.chip.devices
 
     @property
     def hosts(self) -> int:

@@ -21,6 +21,7 @@ from rlhf_jax.topologies import topology
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "experiments" / "smoke.py")
+WIDE = str(ROOT / "tests" / "wide" / "experiment.py")
 HOSTILE = "a'b\"; touch ${CANARY} `touch $CANARY` $(touch $CANARY) \\ #"
 GKE = ["--on", "gke", "--topology", "v5p:4x4x8", "--image", "img:1", "--claim", "runs=/runs"]
 VM = ["--on", "tpu-vm", "--topology", "v5p:4x4x8", "--zone", "us-east5-a"]
@@ -31,7 +32,7 @@ def keep_cache_setting(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
 
-def launch(capfd, *arguments, name="run-1", out="/runs/x", file=SMOKE):
+def launch(capfd, *arguments, name="run-1", out="/runs/x", file=WIDE):
     place = ["--name", name, "--out", str(out)]
     status = cli.main(["launch", file, *place, *map(str, arguments)])
     captured = capfd.readouterr()
@@ -122,9 +123,8 @@ def host_calls(tmp_path, command, **environment):
 
 def test_a_pod_looks_around_then_trains_and_every_value_arrives_as_it_was(capfd, tmp_path):
     name = ["--set", f"name={HOSTILE}", "--set", "steps=3"]
-    found = manifest(capfd, *name, "--image", f"i{HOSTILE}", out=f"/runs/{HOSTILE}", file="e x.py")
+    found = manifest(capfd, *name, out=f"/runs/{HOSTILE}", file="e x.py")
     container = pod(found)["containers"][0]
-    assert container["image"] == f"i{HOSTILE}"
     # Kubernetes reads $$ as $, and nothing else in there is an expansion of its own.
     command = [text.replace("$$", "$") for text in container["command"]]
     assert "$(" not in container["command"][2].replace("$$", "")
@@ -385,6 +385,23 @@ def test_kubectl_replaces_a_jobset_that_has_ended_and_no_other(capfd, tmp_path, 
         (["--on", "slurm", "--out", "gs://bucket/x"], "mount a bucket"),
         ([*VM, "--files", "/usr"], "is not in it"),
         (["--on", "slurm", "--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--on", "slurm", "--restarts", "-5"], "--restarts -5: must be at least 0"),
+        (["--on", "slurm", "--gpus", "-1"], "--gpus -1: must be at least 0"),
+        (["--on", "slurm", "--time", "soon"], "valid is minutes, 12:00:00 or 1-12:00:00"),
+        (["--on", "slurm", "--sbatch", "account=ME"], "valid is an option, --sbatch=--account"),
+        (["--on", "slurm", "--image", "i"], "--image is for --on gke, not slurm; leave it out"),
+        (["--on", "slurm", "--topology", "v5e:4x4"], "is for --on tpu-vm and gke, not slurm"),
+        (["--on", "slurm", "--gpus", "3"], "smoke on 3 devices: "),
+        (["--on", "slurm", "--out", SMOKE + "/x"], f"{SMOKE} is a file"),
+        ([*VM, "--until", "tomorrow"], "--until 'tomorrow': valid is 6h, 90m, 1d12h"),
+        ([*VM, "--nodes", "2"], "--nodes is for --on slurm, not tpu-vm"),
+        ([*VM, "--files", SMOKE], "is no folder"),
+        (["--on", "tpu-vm", "--zone", "z"], "--on tpu-vm needs --topology, such as v5e:4x4"),
+        ([*VM, "--set", "mesh=(-1,1,3,1)"], "smoke on 128 devices: mesh (-1, 1, 3, 1)"),
+        ([*VM, "--slices", "2", "--set", "mesh=(1,1,256,1)"], "over 2 slices (or hosts) of 128"),
+        ([*GKE, "--image", "I; rm"], "--image 'I; rm': valid is HOST/NAME:TAG"),
+        ([*GKE, "--zone", "z"], "--zone: kubectl has its cluster already"),
+        ([*GKE, "--xpk", "c"], "--claim: XPK does not take it"),
         (["--on", "slurm"], "needs sbatch"),
         (VM, "--dry-run shows what would be run"),
         ([*GKE, "--out", "/runs/x"], "needs kubectl"),
@@ -402,6 +419,16 @@ def test_a_mistake_is_one_message_and_nothing_is_run(capfd, tmp_path, monkeypatc
     assert (status, err.startswith("error: ")) == (2, True), err
     assert says in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_nobody_here_can_check_is_said(capfd):
+    _, out, _ = launch(capfd, *GKE, "--dry-run", file="e.py")
+    assert out.startswith("# e.py is not here: taken for a path in the image, and not checked\n")
+    git = ["--install", "git+https://host/r@v1", "--dry-run"]
+    _, out, _ = launch(capfd, *VM, *git, file="e.py")
+    assert "taken for a path in the repository" in out and "a new machine" not in out
+    assert "a new machine has no rlhf-jax" in launch(capfd, *VM, "--dry-run")[1]
+    assert "not here" not in launch(capfd, *GKE, "--dry-run")[1]
 
 
 @pytest.mark.parametrize("name", ["x; touch y", "$(id)", "-x", "x-", "X", "", "a" * 41, "a/b"])
@@ -423,7 +450,9 @@ def test_a_topology_has_chips_hosts_and_the_names_that_google_gives_it():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("XPK"), reason="XPK: the path of xpk 1.16")
 def test_xpk_takes_our_workload_and_runs_our_script(capfd, tmp_path):
-    status, out, err = launch(capfd, *GKE, "--xpk", "c", "--slices", 2, "--dry-run", out=HOSTILE)
+    status, out, err = launch(
+        capfd, *GKE[:-2], "--xpk", "c", "--slices", 2, "--dry-run", out=HOSTILE
+    )
     assert status == 0, err
     command = shlex.split(out.splitlines()[-1].removeprefix("# $ "))
     more = ["--dry-run", "--skip-validation", "--no-dependency-auto-download"]
