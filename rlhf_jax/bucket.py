@@ -38,7 +38,9 @@ def place(directory: str | os.PathLike) -> Path | epath.Path:
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:
-        raise ConfigError(f"{os.fspath(directory)}: needs rlhf-jax[gcs] ({error})") from error
+        raise ConfigError(
+            f"{os.fspath(directory)}: pip install 'rlhf-jax[gcs]' ({error})"
+        ) from error
     return epath.Path(directory)
 
 

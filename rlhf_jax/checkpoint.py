@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax import stored
 from rlhf_jax.preemption import Preemption, Stopped
+from rlhf_jax.processes import broken_link
 from rlhf_jax.stored import FROZEN, CheckpointError
 from rlhf_jax.types import Params, TrainState
 
@@ -328,6 +329,10 @@ def _not_written(path: epath.Path, size: int, error: BaseException) -> Checkpoin
         return CheckpointError(
             f"{path} was not written: the disk is full ({free:.0f} MiB free, up to "
             f"{size / 2**20:.0f} MiB needed); {kept}. Free some space, then resume"
+        )
+    if broken_link(error):
+        return CheckpointError(
+            f"the link to another process broke, so {path} was not written; {kept}"
         )
     return CheckpointError(
         f"{path} was not written ({type(error).__name__}: {str(error)[:300]}); {kept}"

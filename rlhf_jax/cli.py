@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not re.search("Gloo|NCCL", str(error)):
+        if not processes.broken_link(error):
             raise
         print(f"error: the link to another process broke: {error}"[:300], file=sys.stderr)
         return 1  # JAX waits for the others, and names who is gone

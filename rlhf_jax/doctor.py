@@ -15,6 +15,8 @@ import jax
 from rlhf_jax import probes, sharding
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError
+from rlhf_jax.experiment import describe
+from rlhf_jax.runs import apart
 
 GIB = 2**30
 Facts = Sequence[Mapping[str, Any]]  # of every process, as probes.py has them
@@ -33,9 +35,9 @@ class Line:
 def doctor(source: str, configs: Mapping[str, Config], directory: str | None) -> list[Line]:
     """Look at everything. `source` says how the processes were found; `directory`: checkpoints."""
     with probes.Patience():
-        facts = probes.gathered(probes.local_facts())
+        facts = probes.gathered(probes.local_facts() | {"experiment": describe(configs)})
         lines = [versions(facts), processes(source, facts), devices(facts), memory(facts)]
-        lines += meshes(configs, jax.devices())
+        lines += experiments(facts) + meshes(configs, jax.devices())
         if len(facts) > 1:
             lines.append(clock(probes.clock_readings()))
         if all(line.level != "fail" for line in lines):  # else there may be no such mesh
@@ -48,12 +50,15 @@ def doctor(source: str, configs: Mapping[str, Config], directory: str | None) ->
 
 
 def show(lines: Sequence[Line]) -> int:
-    """Print the findings; the exit status: 1 if one of them is a failure."""
+    """Print the findings, in the first process; the exit status: 1 if one of them is a failure."""
+    failed = [line.name for line in lines if line.level == "fail"]
     if jax.process_index() == 0:
         for line in lines:
             todo = f"\n{'':19s}→ {line.todo}" if line.todo else ""
             print(f"{line.level:5s} {line.name:12s} {line.said}{todo}", flush=True)
-    return int(any(line.level == "fail" for line in lines))
+    else:
+        print(f"{'fail: ' + ', '.join(failed) if failed else 'ok'}; process 0 prints it all")
+    return int(bool(failed))
 
 
 def versions(facts: Facts) -> Line:
@@ -105,6 +110,12 @@ def memory(facts: Facts) -> Line:
     return Line("ok", "memory", said)
 
 
+def experiments(facts: Facts) -> list[Line]:
+    """The same in every process: a line if not."""
+    todo = "start every process with the same command and the same files"
+    return [Line("fail", "experiment", said, todo)] if (said := apart(facts)) else []
+
+
 def meshes(configs: Mapping[str, Config], devices: Sequence) -> list[Line]:
     """The experiment's stages against the devices that are there."""
     lines, count = [], len(devices)
@@ -151,7 +162,9 @@ def storage(facts: Facts, directory: str) -> Line:
         who, where = f"process {i} on {one['host']}", f"process {(i + 1) % len(facts)} wrote"
         if "cannot write" in one:
             said = f"{who} cannot write to {directory}: {one['cannot write']}"
+            lacks = "rlhf-jax[gcs]" in one["cannot write"]
             todo = "choose another directory, or change its permissions"
+            todo = "pip install 'rlhf-jax[gcs]' on every host" if lacks else todo
             return Line("fail", "checkpoints", said, todo)
         if "cannot see" in one or not one.get("same", True):
             said = f"{who} does not see what {where} to {directory}: {one.get('cannot see', '')}"

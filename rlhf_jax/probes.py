@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.bucket import place
+
 SIZE = 16 * 2**20  # bytes that every device sends, and every process writes
 PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -126,6 +128,7 @@ def stored(directory: str) -> dict[str, Any]:
         return result
 
     def write():
+        place(directory)  # says what is missing for a bucket
         folder.mkdir(parents=True, exist_ok=True)
         with own.open("wb") as file:
             file.write(content)

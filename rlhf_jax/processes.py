@@ -189,6 +189,15 @@ def _seconds(name: str, default: int) -> int:
     return int(given)
 
 
+def broken_link(error: BaseException | None) -> bool:
+    """Is it, or what caused it, that another process does not answer any more?"""
+    while error is not None:
+        if re.search("Gloo|NCCL", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def finish() -> None:
     """Wait for the others to be done: JAX ends all when one goes first."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:

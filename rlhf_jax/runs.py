@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax import probes
 from rlhf_jax.bucket import place, write
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, Pipeline, runs_of
@@ -42,17 +44,22 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
     """Load an experiment and run it in `out`; returns the directory.
 
     Raises:
-        ConfigError: if the experiment is wrong, or the directory holds a run that this would harm.
+        ConfigError: if the experiment is wrong or another process has another one, or the
+            directory holds a run that this would harm.
     """
     value = load(file, settings)
     for run in runs_of(value).values():
         check(run, devices=jax.device_count())  # before the directory is claimed
     out = place(out)
     out = out.resolve() if isinstance(out, Path) else out
+    described = describe(value)
+    facts = {"host": socket.gethostname(), "experiment": described | {"--resume": resume}}
+    if said := apart(probes.gathered(facts)):
+        raise ConfigError(f"{said}\nStart every process with the same command and the same files")
     record = {
         "file": str(Path(file).resolve()),
         "settings": list(settings),
-        "config": describe(value),
+        "config": described,
         "versions": versions(),
         "command": sys.argv,
     }
@@ -70,6 +77,19 @@ def start(file: str, settings: Sequence[str], out: str | Path, *, resume: bool) 
     return out
 
 
+def apart(facts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which process has another experiment than the first, and where; `facts` of all of them."""
+    first, *others = facts
+    for i, one in enumerate(others, 1):
+        if lines := difference(first["experiment"], one["experiment"]):
+            shown = "\n  ".join(_short(lines))
+            return (
+                f"process {i} on {one['host']} was started with another experiment than process 0 "
+                f"on {first['host']} (there -> here):\n  {shown}"
+            )
+    return None
+
+
 def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> None:
     """Make the directory this run's own, or refuse."""
     path = out / "run.json"
@@ -77,21 +97,21 @@ def _claim(out: Path, record: dict[str, Any], *, resume: bool, file: str) -> Non
     if path.is_file():
         old = json.loads(path.read_text())
         lines = difference(old["config"], record["config"])
-        if not resume:
-            if not lines:
-                raise ConfigError(
-                    f"{out} already holds this run; continue it with\n"
-                    f"  rlhf-jax train {file} --out {out}{settings} --resume\n"
-                    "or choose another --out"
-                )
-            shown = "\n  ".join(_short(lines))
+        fixed = [line for line in lines if not set(line.split(":")[0].split(".")) & set(FREE)]
+        shown = "\n  ".join(_short(fixed or lines))
+        if not resume and fixed:
             raise ConfigError(
                 f"{out} holds another run; choose another --out. It differs in (there -> here):\n"
                 f"  {shown}"
             )
-        fixed = [line for line in lines if not set(line.split(":")[0].split(".")) & set(FREE)]
+        if not resume:
+            but = f", but for (there -> here)\n  {shown}\n" if lines else "; "
+            raise ConfigError(
+                f"{out} already holds this run{but}continue it with\n"
+                f"  rlhf-jax train {file} --out {out}{settings} --resume\n"
+                "or choose another --out"
+            )
         if fixed:
-            shown = "\n  ".join(_short(fixed))
             raise ConfigError(
                 f"{out} cannot be resumed with another experiment (there -> here):\n  {shown}\n"
                 f"Only {', '.join(FREE)} may change; choose another --out for the rest"

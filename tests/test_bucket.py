@@ -18,7 +18,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from together import QUICK, RLHF_JAX, free_port
 
-from rlhf_jax import bucket, runs
+from rlhf_jax import bucket, doctor, probes, runs
 from rlhf_jax.bucket import Mirror, place
 from rlhf_jax.config import ConfigError
 from rlhf_jax.experiment import load
@@ -96,8 +96,11 @@ def test_other_storage_is_refused_and_a_missing_package_named(monkeypatch):
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr(bucket.fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ConfigError, match=r"needs rlhf-jax\[gcs\] \(Please install gcsfs"):
+    with pytest.raises(ConfigError, match=r"pip install 'rlhf-jax\[gcs\]' \(Please install"):
         place("gs://bucket/run")
+    found = probes.stored("gs://bucket/run")
+    line = doctor.storage([found], "gs://bucket/run")
+    assert line.todo == "pip install 'rlhf-jax[gcs]' on every host"
 
 
 @pytest.mark.slow

@@ -321,6 +321,21 @@ def test_an_unwritable_directory_is_an_error_before_any_training(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="mounts a small disk")
+def test_a_link_that_breaks_during_a_save_is_called_that(tmp_path, monkeypatch):
+    def save(*arguments, **named):
+        try:
+            raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+        except ValueError as error:
+            raise RuntimeError("a barrier") from error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", save)
+        with pytest.raises(
+            CheckpointError, match=r"link to another process broke, so .*/1 was not"
+        ):
+            checkpoints.save(1, make_state())
+
+
 def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

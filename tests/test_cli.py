@@ -143,7 +143,9 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch
     assert f"rlhf-jax train {SMOKE} --out {out} --resume" in err
     status, _, err = run(capsys, "train", SMOKE, "--out", out, "--set", "seed=3")
     assert status == 2
-    assert "seed: 0 -> 3" in err
+    assert "seed: 0 -> 3" in err and "--resume" not in err
+    status, _, err = run(capsys, "train", SMOKE, "--out", out, "--set", "steps=9")
+    assert "steps: 8 -> 9" in err and f"--out {out} --set steps=9 --resume" in err
     status, _, err = run(capsys, "train", SMOKE, "--out", out, "--set", "seed=3", "--resume")
     assert status == 2
     assert "cannot be resumed with another experiment" in err

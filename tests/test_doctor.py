@@ -50,6 +50,15 @@ def test_the_host_that_differs_is_named():
     assert line.todo == "install the same versions on every host"
 
 
+def test_processes_with_different_experiments_fail_with_the_first_difference():
+    facts = [{**one, "experiment": {"ppo": {"steps": 8, "seed": 0}}} for one in two(FACT)]
+    assert doctor.experiments(facts) == []
+    facts[1]["experiment"] = {"ppo": {"steps": 9, "seed": 0}}
+    (line,) = doctor.experiments(facts)
+    assert line.level == "fail" and "process 1 on b" in line.said
+    assert line.said.endswith("(there -> here):\n  ppo.steps: 8 -> 9")
+
+
 def test_a_cpu_is_a_warning():
     cpu = {**FACT, "platform": "cpu", "kinds": ["cpu"], "limit": 0}
     assert doctor.devices([cpu]).level == "warn"
@@ -129,6 +138,20 @@ def test_two_processes_find_each_other_and_agree_on_a_shared_directory(tmp_path)
     speed = re.search(r"ok +collective +([\d.]+) GB/s .* over data \(2 devices\)", first)
     assert speed and np.isfinite(float(speed[1]))
     assert re.search(r"ok +clocks", first) and re.search(r"ok +checkpoints", first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["doctor", "train"])
+def test_two_processes_with_different_settings_stop_before_they_begin(tmp_path, command):
+    given = [] if command == "doctor" else ["--out", tmp_path / "run"]
+    settings = ("steps=8", "steps=9")
+    statuses, said = together(
+        [[*RLHF_JAX, command, SMOKE, *given, "--set", one] for one in settings]
+    )
+    assert statuses == ([1, 1] if command == "doctor" else [2, 2]), said
+    assert "process 1 on" in said[0] and "steps: 8 -> 9" in said[0]
+    assert "steps: 8 -> 9" in said[1] or command == "doctor"
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.slow
