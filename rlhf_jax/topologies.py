@@ -63,9 +63,30 @@ class Slice:
         return f"{self.chip.type}-{self.chips * self.chip.cores}"
 
 
+def _shapes(name: str, chips: int) -> list[str]:
+    """All that so many chips of a kind can have, sides in order."""
+    if CHIPS[name].axes == 2:
+        known = FLAT
+    else:
+        sides = [n for n in range(4, chips + 1, 4) if chips % n == 0]
+        cubes = ((a, b, chips // (a * b)) for a in sides for b in sides)
+        known = [*SMALL, *("x".join(map(str, x)) for x in cubes if list(x) == sorted(x))]
+        known = [x for x in known if x in SMALL or all(int(n) % 4 == 0 for n in x.split("x"))]
+    return [x for x in known if Slice(CHIPS[name], x).chips == chips]
+
+
 def topology(text: str | None) -> Slice:
     """`v5p:4x4x8`, or an error that says what there is."""
     name, _, shape = (text or "").partition(":")
+    types = {chip.type: known for known, chip in CHIPS.items()}
+    google, _, cores = name.rpartition("-")
+    if google in types and cores.isdecimal():
+        chips = int(cores) // CHIPS[types[google]].cores
+        fits = " or ".join(f"{types[google]}:{x}" for x in _shapes(types[google], chips))
+        raise ConfigError(
+            f"--topology {text}: Google Cloud's name of {chips} chips; here their shape is needed, "
+            f"{fits or 'and no shape has so many'}"
+        )
     if name not in CHIPS:
         raise ConfigError(f"--topology {text}: valid is CHIP:SHAPE with one of {', '.join(CHIPS)}")
     valid = ", ".join(FLAT if CHIPS[name].axes == 2 else (*SMALL, "4x4x4 and its multiples"))

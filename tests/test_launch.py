@@ -443,8 +443,24 @@ def test_a_topology_has_chips_hosts_and_the_names_that_google_gives_it():
     found = topology("v5e:16x16")
     assert (found.chips, found.hosts, found.type) == (256, 64, "v5litepod-256")
     assert topology("v6e:1x1").hosts == 1
+    assert (topology("tpu7x:2x2x1").chips, topology("tpu7x:2x2x1").devices) == (4, 8)
     with pytest.raises(ConfigError, match="valid shapes"):
         topology("v5p:0x4x4")
+
+
+@pytest.mark.parametrize(
+    ("google", "says"),
+    [
+        ("v5p-256", "name of 128 chips; here their shape is needed, v5p:4x4x8$"),
+        ("v5litepod-16", "v5e:4x4$"),
+        ("v5p-1024", "v5p:4x4x32 or v5p:4x8x16 or v5p:8x8x8$"),
+        ("v4-24", "and no shape has so many"),
+        ("v5e-16", "valid is CHIP:SHAPE"),
+    ],
+)
+def test_google_clouds_name_of_a_slice_is_translated(google, says):
+    with pytest.raises(ConfigError, match=says):
+        topology(google)
 
 
 @pytest.mark.slow

@@ -15,18 +15,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import cli, flops, masked, objectives, sharding
+from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn, one_prompt
+from rlhf_jax.experiment import load
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.phases import build
 from rlhf_jax.plan import chips, collectives, compiled, meshes, page
 from rlhf_jax.plan.advice import advice
-from rlhf_jax.plan.phase import cache_bytes, held
+from rlhf_jax.plan.phase import cache_bytes, held, stored_bytes
 from rlhf_jax.plan.programs import host_batches, programs
 from rlhf_jax.plan.whole import plan
 from rlhf_jax.start import begin
 
 GIB = 2**30
+SMOKE = str(Path(__file__).parent.parent / "experiments" / "smoke.py")
 POD = str(Path(__file__).parent.parent / "experiments" / "models" / "pod.py")
 UNREAD = ("logp", "behaviour_logp", "ended", "prompt_id", "sample_id", "earned", "steps",
           "ref_logp", "value", "reward", "target", "group_tokens")  # fmt: skip
@@ -289,10 +292,50 @@ def test_advice_names_the_amounts(config):
         (one["phase"], one["change"].split(":")[0]): one["saves"] for one in advice(config, found)
     }
     assert said["update/policy", "--mesh with data=1, fsdp=4"] == 8
-    assert said["update/policy", 'remat="full" in the model of learners.policy'] == 9
-    assert said["update/policy", "learners.policy.microbatches=2"] == 6
-    assert said["rollout", "rollouts.slots=8"] == 4
+    assert said["update/policy", "--set learners.policy.model.remat=full"] == 9
+    assert said["update/policy", "--set learners.policy.microbatches=2"] == 6
+    assert said["rollout", "--set rollouts.slots=8"] == 4
     assert not any(phase == "score" for phase, _ in said)
+
+
+@pytest.mark.parametrize(("needs", "active"), [(38.0, 30.0), (None, 8.0)])
+def test_of_a_phase_that_the_compiler_refuses_only_what_is_not_an_argument_comes_and_goes(
+    config, needs, active
+):
+    """Without a number it needs more than the chip has, which is what savings are counted from."""
+    refused = {"refused": {"needs": needs, "said": "Ran out of it"}, "arguments": 8.0}
+    found = {
+        "chip": {"memory": 16.0}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1},
+        "resident": {}, "cache": 8.0, "fits": False, "seconds": None, "left_out": [],
+        "phases": [{"name": name, **refused} for name in ("reward", "copy/policy", "rollout")],
+    }  # fmt: skip
+    found["advice"] = advice(config, found)
+    said = {(one["phase"], one["change"].split(":")[0]): one["saves"] for one in found["advice"]}
+    assert said["reward", "--set rollouts.chunks=2"] == active / 2
+    copy = stored_bytes(config.models["policy"], found["mesh"])
+    for name in ("copy/policy", "rollout"):
+        assert said[name, "--mesh with tensor=4, fsdp=1"] == copy // 2
+    lines = page.verdict(found)
+    assert ("  the compiler: Ran out of it" in lines) == (needs is None)
+    assert any(line.startswith("  at least ") for line in lines) == (needs is None)
+
+
+def test_what_is_advised_can_be_pasted(config):
+    """Every change of a number is a --set that the experiment takes, and saves what it says."""
+    resident = {"policy: optimiser": 8.0, "critic: weights": 4.0}
+    memory = {"peak": 20.0, "arguments": 8.0, "total": 30.0}
+    names = ("rollout", "score", "reward", "update/policy", "update/critic")
+    found = {
+        "chip": {"memory": 16.0}, "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1},
+        "resident": resident, "cache": 8.0,
+        "phases": [{"name": name, "memory": memory} for name in names],
+    }  # fmt: skip
+    smoke = load(SMOKE)
+    given = {x["change"].split(":")[0] for x in advice(smoke, found)}
+    given = sorted(x.removeprefix("--set ") for x in given if x.startswith("--set "))
+    assert len(given) >= 7
+    for setting in given:
+        check(load(SMOKE, [setting]), devices=1)
 
 
 def test_what_meshes_cost_is_what_the_formulas_say(config):
@@ -393,9 +436,11 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(topology, extr
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install 'rlhf-jax[plan-tpu]'")
-def test_a_tpu_that_is_not_there_is_planned_for(config):
-    target = chips.target("v5e:2x2")
-    found = plan(replace(config, mesh=(1, 2, 2, 1)), target)
+@pytest.mark.parametrize(("topology", "devices"), [("v5e:2x2", 4), ("tpu7x:2x2x1", 8)])
+def test_a_tpu_that_is_not_there_is_planned_for(config, topology, devices):
+    target = chips.target(topology)
+    assert len(target.devices) == devices
+    found = plan(replace(config, mesh=(1, -1, 2, 1)), target)
     assert found["fits"] and found["seconds"] is not None
     assert {axis for p in found["phases"] for c in p["collectives"] for axis in c["axes"]} == {
         "fsdp", "tensor"

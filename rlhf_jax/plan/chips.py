@@ -38,8 +38,8 @@ class Chip:
     source: str = ""
 
 
-# ICI is published per chip, both ways, over 4 links (v5e, v6e) or 6 (v5p). A GPU's rate is that of
-# dense products, half of what is published with sparsity.
+# ICI is published per chip, both ways, over 4 links (v5e, v6e) or 6 (v5p, TPU7x). A GPU's rate is
+# that of dense products, half of what is published with sparsity.
 CHIPS = {
     "v4": Chip("TPU v4", 32 * GIB, 275e12, 1200e9, 50e9,
                source="cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, table 4"),
@@ -49,6 +49,8 @@ CHIPS = {
                 source="cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 100e9,
                 source="cloud.google.com/tpu/docs/v6e"),
+    "tpu7x": Chip("half a TPU7x", 96 * GIB, 1153.5e12, 3690e9, 50e9,  # JAX sees two of a chip
+                  source="cloud.google.com/tpu/docs/tpu7x"),
     "h100": Chip("H100 SXM", 80e9, 989e12, 3350e9, 450e9, 50e9,
                  "NVIDIA H100 data sheet; between hosts a ConnectX-7 of 400 Gb/s for each GPU"),
     "h200": Chip("H200 SXM", 141e9, 989e12, 4800e9, 450e9, 50e9,
@@ -113,9 +115,10 @@ def target(text: str | None) -> Target:
             f"{', '.join(c for c in CHIPS if c not in GPUS)}; h100:1x1x8 or h200:1x8x8, slices × "
             "hosts × GPUs; and cpu:8, devices of this machine"
         )
-    topology(text)
+    kind = topology(text).type
     _installed("libtpu", "plan-tpu", text)
     # Without these libtpu asks for the machine's metadata, and lets one process in at a time.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", kind)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

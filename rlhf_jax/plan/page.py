@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-GIB, GB = 2**30, 1e9
+GIB, MIB, GB = 2**30, 2**20, 1e9
 
 
 def wide() -> Console:
@@ -41,10 +41,18 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _unit(found) -> tuple[int, str]:
+    """Bytes and name of the unit that shows what there is: of a small trial, MiB."""
+    small = all(
+        "memory" in phase and phase["memory"]["total"] < GIB / 4 for phase in found["phases"]
+    )
+    return (MIB, "MiB") if small else (GIB, "GiB")
+
+
 def _memory(found) -> Table:
-    limit = found["chip"]["memory"]
+    limit, (unit, name) = found["chip"]["memory"], _unit(found)
     table = _table(
-        f"memory of each device, GiB; the chip has {limit / GIB:,.1f}",
+        f"memory of each device, {name}; the chip has {limit / GIB:,.1f} GiB",
         *("phase", "arguments", "new results", "temporaries", "peak", "beside it", "in all", ""),
         "compiled in",
     )
@@ -52,12 +60,12 @@ def _memory(found) -> Table:
         seconds = f"{phase['seconds']:,.0f} s"
         if "refused" in phase:
             needs = phase["refused"]["needs"]
-            cells = ["", "", "", "" if needs is None else f"{needs / GIB:,.2f}", "", "", "refused"]
+            cells = ["", "", "", "" if needs is None else f"{needs / unit:,.2f}", "", "", "refused"]
         else:
             own = phase["memory"]
             new = own["outputs"] - own["aliased"]
             sizes = (own["arguments"], new, own["temporaries"], own["peak"], own["elsewhere"])
-            cells = [f"{x / GIB:,.2f}" for x in (*sizes, own["total"])]
+            cells = [f"{x / unit:,.2f}" for x in (*sizes, own["total"])]
             cells.append(f"{own['total'] / limit:.0%}")
         table.add_row(phase["name"], *cells, seconds)
     return table
@@ -65,19 +73,20 @@ def _memory(found) -> Table:
 
 def _resident(found) -> str:
     """What stays, and the largest of it."""
+    unit, called = _unit(found)
     whole = sum(found["resident"].values())
-    parts = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in found["resident"].items())
-    lines = [f"between phases: {whole / GIB:,.2f} GiB ({parts})"]
+    parts = ", ".join(f"{name} {size / unit:,.2f}" for name, size in found["resident"].items())
+    lines = [f"between phases: {whole / unit:,.2f} {called} ({parts})"]
     if found["cache"]:
-        lines.append(f"keys and values while sampling: {found['cache'] / GIB:,.2f} GiB")
-    largest = [f"{path} {shape} {size / GIB:,.3f}" for size, path, shape in found["largest"][:3]]
+        lines.append(f"keys and values while sampling: {found['cache'] / unit:,.2f} {called}")
+    largest = [f"{path} {shape} {size / unit:,.3f}" for size, path, shape in found["largest"][:3]]
     lines.append("largest that stay: " + "; ".join(largest))
     for phase in found["phases"]:
         arrays = phase.get("arrays") or [
             (n, s, "") for n, s in phase.get("refused", {}).get("largest", ())
         ]
         if arrays:
-            named = "; ".join(f"{shape} {size / GIB:,.3f}" for size, shape, _ in arrays[:3])
+            named = "; ".join(f"{shape} {size / unit:,.3f}" for size, shape, _ in arrays[:3])
             lines.append(f"largest of {phase['name']}: {named}")
     return "\n".join(lines)
 
@@ -145,8 +154,12 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         if "refused" in phase or needs > limit:
             amount = "more than there is" if needs is None else f"{needs / GIB:,.2f} GiB"
             lines.append(f"{phase['name']} does not fit: {amount} of {limit / GIB:,.2f} GiB")
+            least = ""
+            if needs is None:
+                lines.append(f"  the compiler: {phase['refused']['said']}")
+                least = "at least "
             lines += [
-                f"  {one['saves'] / GIB:,.2f} GiB less: {one['change']}"
+                f"  {least}{one['saves'] / GIB:,.2f} GiB less: {one['change']}"
                 for one in found["advice"]
                 if one["phase"] == phase["name"]
             ]

@@ -60,7 +60,7 @@ def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> 
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             row |= {"refused": _refusal(str(error)), "seconds": time.perf_counter() - began}
-            return row
+            return row | {"arguments": device_bytes((program.arguments, program.keywords))}
     row["seconds"] = time.perf_counter() - began
     row["memory"] = _memory(program, run, made.memory_analysis(), mesh)
     text = compiled.parse(made.as_text())

@@ -53,7 +53,8 @@ def plan(
         say(f"{program.name}: {row['seconds']:.0f} s")
         return row
 
-    say(f"compiling {', '.join(program.name for program in run.programs)}")
+    names = ", ".join(program.name for program in run.programs)
+    say(f"compiling {names}; of a large model each can take minutes")
     with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:  # XLA lets others run
         found = list(pool.map(one, run.programs))
     result = {
