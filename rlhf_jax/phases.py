@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from rlhf_jax import environment, sharding, step
@@ -170,8 +171,19 @@ def copies(config: Config, mesh: Mesh) -> tuple[dict[str, Callable], int]:
         new = sharding.for_decoding(places)
         moved = sharding.received(small, places, new)
         if moved or small != shapes:
-            found[name], total = jax.jit(change, out_shardings=new), total + moved
+            copy = partial(_layer_by_layer, change=change, places=new)
+            found[name], total = jax.jit(copy, out_shardings=new), total + moved
     return found, total
+
+
+def _layer_by_layer(params: Params, *, change: Callable, places: Any) -> Params:
+    """Stacked layers one after another: XLA keeps what it collects twice, now of one layer."""
+    small = change(params)
+    if "layers" not in small:
+        return small
+    layer = jax.tree.map(lambda x: NamedSharding(x.mesh, P(*x.spec[1:])), places["layers"])
+    collect = partial(jax.tree.map, jax.lax.with_sharding_constraint)
+    return {**small, "layers": jax.lax.map(lambda x: collect(x, layer), small["layers"])}
 
 
 def lengths(learner: Learner, spec: Rollouts | None) -> dict[str, Any]:

@@ -71,3 +71,14 @@ def test_no_weight_crosses_the_mesh_while_texts_are_written(model):
     for dtype, size, where in found:
         rows, width = (int(n) for n in size.split(","))
         assert dtype == "f32" and rows <= 4 and width <= model.vocab + 4, (dtype, size, where)
+
+
+def test_a_copy_of_stacked_layers_needs_little_room_of_its_own(model):
+    """Beside what it reads and makes: XLA would hold all that it collects a second time.
+
+    There are sixteen; a CPU collects in float32, and the own part is cast first.
+    """
+    model = replace(model, layers=16, mlp=256, dtype="bfloat16", scan=True)
+    made, params = built(model, (1, 8, 1, 1))
+    used = made.copy["policy"].lower(params["policy"]).compile().memory_analysis()
+    assert used.temp_size_in_bytes < used.output_size_in_bytes / 2
