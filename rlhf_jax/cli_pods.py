@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 TARGETS = ("tpu-vm", "gke", "slurm")
+PLANS = "RLHF_JAX_PLANS"  # set in the process that compiles
 ACTIONS = ("up", "status", "logs", "stop", "delete")
 
 
@@ -101,6 +105,23 @@ def _doctor(options) -> int:
 
 
 def _plan(options) -> int:
+    """In a process of its own where libtpu compiles: it can crash on programs far too large."""
+    if options.topology.startswith("cpu:") or os.environ.get(PLANS):
+        return _planned(options)
+    command = [sys.executable, "-m", "rlhf_jax", *options.arguments]
+    done = subprocess.run(command, env=os.environ | {PLANS: "1"}).returncode
+    if done < 0:
+        print(
+            f"error: the compiler for {options.topology} crashed ({signal.Signals(-done).name}) in "
+            "a phase that is not yet reported above. It does so on programs far too large for the "
+            "devices: plan for more, or for fewer rows at a time (microbatches, rollouts.chunks)",
+            file=sys.stderr,
+        )
+        return 1
+    return done
+
+
+def _planned(options) -> int:
     import jax
 
     # Devices are described, not there; and what is compiled for them is not read from a cache.

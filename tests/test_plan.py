@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,14 +17,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import cli, flops, masked, objectives, sharding
+from rlhf_jax import cli, cli_pods, flops, masked, objectives, sharding
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn, one_prompt
 from rlhf_jax.experiment import load
 from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.phases import build
-from rlhf_jax.plan import chips, collectives, compiled, meshes, page
+from rlhf_jax.plan import chips, collectives, compiled, meshes, page, phase
 from rlhf_jax.plan.advice import advice
 from rlhf_jax.plan.phase import cache_bytes, held, stored_bytes
 from rlhf_jax.plan.programs import host_batches, programs
@@ -320,6 +323,31 @@ def test_of_a_phase_that_the_compiler_refuses_only_what_is_not_an_argument_comes
     assert any(line.startswith("  at least ") for line in lines) == (needs is None)
 
 
+def test_a_compiler_that_crashes_ends_a_plan_with_words(monkeypatch, capsys):
+    """libtpu overflows its stack on a program that is far too large (8B on eight v5e)."""
+    asked = []
+
+    def crash(command, env):
+        asked.append((command, env))
+        return subprocess.CompletedProcess(command, -signal.SIGSEGV)
+
+    monkeypatch.setattr(cli_pods.subprocess, "run", crash)
+    arguments = ["plan", POD, "--set", "size=8B", "--topology", "v5e:2x4"]
+    assert cli.main(arguments) == 1
+    assert "the compiler for v5e:2x4 crashed (SIGSEGV)" in capsys.readouterr().err
+    ((command, env),) = asked
+    assert command == [sys.executable, "-m", "rlhf_jax", *arguments] and env[cli_pods.PLANS]
+
+
+def test_what_a_compiler_says_it_would_need_is_read():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    said += "temporaries (16.83G) exceeds available HBM (15.75G)."
+    assert phase.refusal(said)["needs"] == pytest.approx(16.83 * GIB)
+    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 20.5G of 15.75G hbm."
+    assert phase.refusal(said)["needs"] == pytest.approx(20.5 * GIB)
+    assert phase.refusal("RESOURCE_EXHAUSTED: no")["needs"] is None
+
+
 def test_what_is_advised_can_be_pasted(config):
     """Every change of a number is a --set that the experiment takes, and saves what it says."""
     resident = {"policy: optimiser": 8.0, "critic: weights": 4.0}
@@ -419,7 +447,10 @@ def test_search_compiles_the_best_by_arithmetic_and_puts_the_fastest_that_fits_f
         (["--topology", "cpu:8", "--search"], "no limits of CPU"),
     ],
 )
-def test_a_mistake_is_one_message_that_says_what_is_valid(arguments, says, capsys, cache_kept):
+def test_a_mistake_is_one_message_that_says_what_is_valid(
+    arguments, says, capsys, cache_kept, monkeypatch
+):
+    monkeypatch.setenv(cli_pods.PLANS, "1")  # here, not in a process of its own
     size = [] if "--set" in arguments else ["--set", "size=tiny"]
     assert cli.main(["plan", POD, *size, *arguments]) == 2
     assert says in capsys.readouterr().err

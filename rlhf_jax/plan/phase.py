@@ -59,7 +59,7 @@ def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> 
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            row |= {"refused": _refusal(str(error)), "seconds": time.perf_counter() - began}
+            row |= {"refused": refusal(str(error)), "seconds": time.perf_counter() - began}
             return row | {"arguments": device_bytes((program.arguments, program.keywords))}
     row["seconds"] = time.perf_counter() - began
     row["memory"] = _memory(program, run, made.memory_analysis(), mesh)
@@ -88,10 +88,10 @@ def _loops(config: Config, program: Program) -> int | None:
     return -(-(waves * spec.length - 1) // spec.windows)
 
 
-def _refusal(message: str) -> dict[str, Any]:
+def refusal(message: str) -> dict[str, Any]:
     """What the compiler says of a program that does not fit: bytes needed, and the largest."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    used = re.search(r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([KMGT]?)", message)
     sizes = re.findall(r"Size: ([\d.]+)([KMGT]?)[\s\S]*?Shape: (\S+)", message)
     return {
         "said": message.split("\n")[0][:300],
