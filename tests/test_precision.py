@@ -10,6 +10,7 @@ import toys
 from numpy.testing import assert_allclose
 
 from rlhf_jax import masked
+from rlhf_jax.models import cache
 from rlhf_jax.models.transformer import Lora
 from rlhf_jax.sampling import log_probabilities
 from rlhf_jax.score import score
@@ -92,3 +93,34 @@ def test_a_bfloat16_model_multiplies_in_half_and_takes_every_softmax_in_float32(
         exponentials |= inputs if equation.primitive.name == "exp" else set()
     assert products == {HALF}
     assert exponentials == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("form", ["float", "codes"])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_cache_of_bfloat16_is_read_on_a_cpu_as_one_of_float32(tokens, form):
+    """Prompts of eight tokens too: XLA:CPU 0.10 has no product of five axes of bfloat16."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (4, tokens, 4, 16))
+    key, value = (jax.random.normal(k, (4, 2, 16, 8)) for k in keys[1:])
+    value = jnp.swapaxes(value, 2, 3)
+    seen = jnp.arange(8)[None, None] < jnp.array([3, 8, 5, 6])[:, None, None]
+    mask = jnp.broadcast_to(seen, (4, tokens, 8))
+
+    def read(dtype):
+        pair = key.astype(dtype), value.astype(dtype)
+        if form == "codes":  # a unit for each token of a head
+            unit = jnp.abs(key).max(2, keepdims=True) / 127, jnp.abs(value).max(3, keepdims=True)
+            units = unit[0], unit[1] / 127
+            pair = tuple(
+                cache.Codes(jnp.round(x / u).astype(jnp.int8), u)
+                for x, u in zip((key, value), units, strict=True)
+            )
+        return jax.jit(cache.attention)(query.astype(dtype), *pair, mask)
+
+    assert read("bfloat16").dtype == HALF
+    assert_allclose(read("bfloat16").astype("float32"), read("float32"), atol=0.03)
+    heads = jnp.repeat(key, 2, 1), jnp.repeat(value, 2, 1)  # query head h reads key head h // 2
+    logit = jnp.einsum("bthk,bhks->bhts", query, heads[0]) / 4
+    weight = jax.nn.softmax(jnp.where(mask[:, None], logit, -jnp.inf), -1)
+    expected = jnp.einsum("bhts,bhsk->bthk", weight, heads[1])
+    assert_allclose(read("float32"), expected, atol=1e-5 if form == "float" else 0.05)

@@ -206,24 +206,26 @@ def attention(
     One query a row is a product of a matrix and a vector: memory decides, and XLA:CPU reads the
     cache once in a sum of products, where its matrix kernels first make a copy in another order.
     """
-    b, t, h, size = query.shape
+    b, t, _, size = query.shape
     key, key_unit = keys if isinstance(keys, Codes) else (keys, None)
     value, value_unit = values if isinstance(values, Codes) else (values, None)
-    grouped = query.reshape(b, t, key.shape[1], -1, size)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    g, wide = key.shape[1], jnp.promote_types(query.dtype, jnp.float32)
+    # [b, g, t · h/g, k]: the heads that share a key are rows of one product.
+    rows = query.reshape(b, t, g, -1, size).transpose(0, 2, 1, 3, 4).reshape(b, g, -1, size)
     if t == 1:
-        each = grouped[:, 0].astype(wide)
-        logit = (each[..., None] * key.astype(wide)[:, :, None]).sum(-2)[..., None, :]
+        logit = (rows.astype(wide)[..., None] * key.astype(wide)[:, :, None]).sum(-2)
     else:
         key = key.astype(query.dtype)
-        logit = jnp.einsum("btgnk,bgks->bgnts", grouped, key, preferred_element_type=wide)
+        logit = jnp.einsum("bgqk,bgks->bgqs", rows, key, preferred_element_type=wide)
     if key_unit is not None:  # of a whole head: it can be multiplied behind the sum
-        logit = logit * key_unit[:, :, None]
-    weight = softmax(logit * size**-0.5, mask[:, None, None], cap=cap)
+        logit = logit * key_unit
+    logit = logit.reshape(b, g, t, -1, key.shape[-1]) * size**-0.5
+    weight = softmax(logit, mask[:, None, :, None], cap=cap).reshape(*rows.shape[:3], -1)
     if value_unit is not None:
-        weight = weight * jnp.swapaxes(value_unit, 2, 3)[:, :, None]
+        weight = weight * jnp.swapaxes(value_unit, 2, 3)
     if t == 1:
-        found = (weight[:, :, :, 0, :, None] * value.astype(wide)[:, :, None]).sum(-2)
-        return found.astype(query.dtype).reshape(b, 1, h, size)
-    found = jnp.einsum("bgnts,bgsk->btgnk", weight.astype(query.dtype), value.astype(query.dtype))
-    return found.reshape(query.shape)
+        found = (weight[..., None] * value.astype(wide)[:, :, None]).sum(-2).astype(query.dtype)
+    else:
+        weight, value = weight.astype(query.dtype), value.astype(query.dtype)
+        found = jnp.einsum("bgqs,bgsk->bgqk", weight, value)
+    return found.reshape(b, g, t, -1, size).transpose(0, 2, 1, 3, 4).reshape(query.shape)
