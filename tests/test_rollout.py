@@ -1,7 +1,7 @@
 """Sampling: what is drawn, what is recorded of it, and what cannot change it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import chex
@@ -74,6 +74,21 @@ def test_the_sampler_and_the_trainer_agree_on_logp(sample, rescore, params, temp
     assert_allclose(rollout.logp, logp, atol=1e-4)
     assert rollout.mask.sum() > 60 and (rollout.logp[rollout.mask] < 0).all()
     assert (rollout.temperature == np.float32(temperature)).all()
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_float64_samples_and_scores_alike(model, params, scan):
+    """With JAX_ENABLE_X64 a loop's counter has 64 bits, and an index of a cache 32."""
+    double = replace(model, dtype="float64", scan=scan)
+    own = toys.stacked(params, model.layers) if scan else params
+    with jax.enable_x64(True):
+        key, given = jax.random.key(3), sampling()
+        found = generate(own, prompts_of(), key, model=double, length=LENGTH, sampling=given)
+        hidden = double.apply(own, found.tokens, segments=found.segments).hidden
+        logp = jax.nn.log_softmax(double.logits(own, hidden[:, :-1]))
+        logp = jnp.take_along_axis(logp, found.tokens[:, 1:, None], axis=-1)[..., 0]
+    assert hidden.dtype == jnp.float64 and found.mask.sum() > 50
+    assert_allclose(found.logp[:, 1:], np.where(found.mask[:, 1:], logp, 0), atol=1e-6)
 
 
 def test_behaviour_logp_is_the_filter_applied_to_the_trainers_distribution(sample, rescore, params):

@@ -62,7 +62,7 @@ def placed(cache: Cache, positions: Int[Array, "b t"]) -> Cache:
     """The cache in which the next t entries hold tokens of these places; −1 is padding."""
     positions = positions.astype(jnp.int32)
     used = jnp.where(fits(cache, positions.shape[1]), cache.used, cache.first)
-    places = jax.lax.dynamic_update_slice(cache.places, positions, (0, used))
+    places = jax.lax.dynamic_update_slice_in_dim(cache.places, positions, used, axis=1)
     return cache._replace(places=places, used=used)
 
 
@@ -87,7 +87,7 @@ def written(
     def put(kept, new, at):
         if layer is not None:
             new, at = new[None], (layer, *at)
-        return jax.lax.dynamic_update_slice(kept, new, at)
+        return jax.lax.dynamic_update_slice(kept, new, [jnp.int32(i) for i in at])
 
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
     key, value = _stored(key, keys, axis=2), _stored(value, values, axis=3)
