@@ -17,7 +17,17 @@ FORMS = {
     "time": (r"(\d+-)?\d+(:\d+){0,2}|(?i:unlimited|infinite)", "minutes, 12:00:00 or 1-12:00:00"),
     "until": (r"(\d+[smhd])+", "6h, 90m, 1d12h"),
     "image": (r"[A-Za-z0-9][\w.:/@-]*", "HOST/NAME:TAG"),
+    "zone": (r"[a-z0-9-]+", "us-east5-a"),
+    "project": (r"[a-z0-9.:-]+", "my-project"),
+    "namespace": (r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", "small letters, digits and -"),
+    "xpk": (r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", "a cluster's name"),
+    "partition": (r"[\w.,+-]+", "gpu, or some: a,b"),
 }
+OURS = {  # options of sbatch that launch writes
+    "--nodes": "--nodes", "-N": "--nodes", "--job-name": "--name", "-J": "--name",
+    "--time": "--time", "-t": "--time", "--partition": "--partition", "-p": "--partition",
+    "--gpus-per-node": "--gpus", "--output": "--out", "-o": "--out",
+}  # fmt: skip
 
 
 def check_launch(options: Namespace) -> None:
@@ -86,16 +96,23 @@ def _check_values(options: Namespace) -> None:
     for option in options.sbatch:
         if not option.startswith("-"):
             raise ConfigError(f"--sbatch {option!r}: valid is an option, --sbatch=--account=ME")
+        name = option.split("=")[0] if option.startswith("--") else option[:2]
+        if name in OURS:
+            raise ConfigError(f"--sbatch={option}: say it by {OURS[name]}, which sets it already")
 
 
 def _check_experiment(options: Namespace) -> None:
     devices, slices = _devices(options)
     if options.file is None:
         raise ConfigError("--do up needs an experiment: rlhf-jax launch FILE --on …")
+    if from_git(options):
+        _check_path_in_repository(options.file)
     if Path(options.file).is_file():
-        for name, config in runs_of(load(options.file, options.settings)).items():
-            if devices is None:
-                continue
+        runs = runs_of(load(options.file, options.settings))
+        if devices is None:
+            print("# without --gpus nobody here knows the devices: mesh and rows are not checked")
+            return
+        for name, config in runs.items():
             try:
                 check(config, devices=devices, slices=slices)
             except ConfigError as error:
@@ -105,6 +122,18 @@ def _check_experiment(options: Namespace) -> None:
     else:
         where = "repository" if from_git(options) else "image"
         print(f"# {options.file} is not here: taken for a path in the {where}, and not checked")
+
+
+def _check_path_in_repository(file: str) -> None:
+    """The hosts look for it from the root of what they fetched."""
+    path = Path(file).resolve()
+    root = next((one for one in path.parents if (one / ".git").exists()), None)
+    here = path.is_file() and root is not None
+    if Path(file).is_absolute() or ".." in Path(file).parts or (here and path != root / file):
+        hint = f"; here that is {path.relative_to(root)}" if here else ""
+        raise ConfigError(
+            f"{file}: with --install git+… hosts look for it from the repository's root{hint}"
+        )
 
 
 def _devices(options: Namespace) -> tuple[int | None, int]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 TARGETS = ("tpu-vm", "gke", "slurm")
-PLANS = "RLHF_JAX_PLANS"  # set in the process that compiles
+PLANS = "RLHF_JAX_PLANS"  # in the process that compiles: how many programs at a time
 ACTIONS = ("up", "status", "logs", "stop", "delete")
 
 
@@ -105,20 +105,27 @@ def _doctor(options) -> int:
 
 
 def _plan(options) -> int:
-    """In a process of its own where libtpu compiles: it can crash on programs far too large."""
+    """In a process of its own where libtpu compiles, for it can crash.
+
+    On programs far too large always, and now and then when it compiles several side by side.
+    """
     if options.topology.startswith("cpu:") or os.environ.get(PLANS):
         return _planned(options)
     command = [sys.executable, "-m", "rlhf_jax", *options.arguments]
-    done = subprocess.run(command, env=os.environ | {PLANS: "1"}).returncode
-    if done < 0:
-        print(
-            f"error: the compiler for {options.topology} crashed ({signal.Signals(-done).name}) in "
-            "a phase that is not yet reported above. It does so on programs far too large for the "
-            "devices: plan for more, or for fewer rows at a time (microbatches, rollouts.chunks)",
-            file=sys.stderr,
-        )
-        return 1
-    return done
+    for compilers in ("4", "1"):
+        done = subprocess.run(command, env=os.environ | {PLANS: compilers}).returncode
+        if done >= 0:
+            return done
+        crash = f"the compiler for {options.topology} crashed ({signal.Signals(-done).name})"
+        if compilers == "4":
+            print(f"{crash}; once more, one program at a time", file=sys.stderr, flush=True)
+    print(
+        f"error: {crash} in the phase that follows those reported above. It does so on programs "
+        "far too large for the devices: plan for more, or for fewer rows at a time (microbatches, "
+        "rollouts.chunks)",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _planned(options) -> int:
@@ -127,23 +134,26 @@ def _planned(options) -> int:
     # Devices are described, not there; and what is compiled for them is not read from a cache.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    from rlhf_jax.config import ConfigError
     from rlhf_jax.experiment import load
     from rlhf_jax.plan import chips, meshes, page, whole
     from rlhf_jax.runs import Recorded, stage_of
 
+    if options.search and options.mesh is not None:
+        raise ConfigError("--search tries all meshes; leave --mesh out, or --search")
+    if options.best < 1:
+        raise ConfigError(f"--best {options.best}: must be at least 1")
     value = load(options.file, options.settings)
     config, _ = stage_of(Recorded(value, Path(options.file)), options.stage)
     shape = whole.mesh_argument(options.mesh)
     target = chips.target(options.topology)
-
-    def say(line):
-        print(line, file=sys.stderr, flush=True)
-
+    how = {"compilers": int(os.environ.get(PLANS) or whole.COMPILERS)}
+    how["say"] = lambda line: print(line, file=sys.stderr, flush=True)
     if options.search:
-        found = meshes.search(config, target, best=options.best, say=say)
+        found = meshes.search(config, target, best=options.best, **how)
         shown, show = found["plans"], meshes.show
     else:
-        found = whole.plan(config, target, mesh=shape, say=say)
+        found = whole.plan(config, target, mesh=shape, **how)
         shown, show = [found], page.show
     if options.json:
         print(json.dumps(found, indent=1))

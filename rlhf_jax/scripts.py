@@ -38,8 +38,9 @@ def host(
         found = re.fullmatch(r"git\+((?:https|ssh)://[^@\s]+)@([\w][\w./-]*)", what)
         if found is None:
             raise ConfigError(
-                f"--install {what}: valid is git+https://HOST/REPOSITORY@REVISION; a revision "
-                "makes all hosts and restarts run the same, and a password has no place here"
+                f"--install {re.sub(r'//[^/]*@', '//…@', what)}: valid is "
+                "git+https://HOST/REPOSITORY@REVISION; a revision makes all hosts and restarts run "
+                "the same, and a password has no place here"
             )
         source, revision, what = found[1], found[2], f"./source{extra}"
     elif what.endswith(".whl"):
@@ -47,7 +48,7 @@ def host(
             raise ConfigError(f"--install {what}: there is no such file")
         what = (wheel or what) + extra
     elif what:
-        found = re.fullmatch(r"([\w.-]+)(\[[\w,.-]+\])?([<>=!~][^;@]*)?", what)
+        found = re.fullmatch(r"(rlhf[-_]jax)(\[[\w,.-]+\])?([<>=!~][^;@]*)?", what)
         if found is None:
             raise ConfigError(f"--install {what}: valid is git+…, a wheel or rlhf-jax==VERSION")
         what = f"{found[1]}{found[2] or extra}{found[3] or ''}"

@@ -75,11 +75,14 @@ def _shapes(name: str, chips: int) -> list[str]:
     return [x for x in known if Slice(CHIPS[name], x).chips == chips]
 
 
-def topology(text: str | None) -> Slice:
-    """`v5p:4x4x8`, or an error that says what there is."""
-    name, _, shape = (text or "").partition(":")
+def refuse_type(text: str | None) -> None:
+    """Google Cloud's name of a slice says how many chips it has, but not in what shape.
+
+    Raises:
+        ConfigError: if `text` is one, with the shapes of so many chips.
+    """
     types = {chip.type: known for known, chip in CHIPS.items()}
-    google, _, cores = name.rpartition("-")
+    google, _, cores = (text or "").rpartition("-")
     if google in types and cores.isdecimal():
         chips = int(cores) // CHIPS[types[google]].cores
         fits = " or ".join(f"{types[google]}:{x}" for x in _shapes(types[google], chips))
@@ -87,6 +90,12 @@ def topology(text: str | None) -> Slice:
             f"--topology {text}: Google Cloud's name of {chips} chips; here their shape is needed, "
             f"{fits or 'and no shape has so many'}"
         )
+
+
+def topology(text: str | None) -> Slice:
+    """`v5p:4x4x8`, or an error that says what there is."""
+    name, _, shape = (text or "").partition(":")
+    refuse_type(text)
     if name not in CHIPS:
         raise ConfigError(f"--topology {text}: valid is CHIP:SHAPE with one of {', '.join(CHIPS)}")
     valid = ", ".join(FLAT if CHIPS[name].axes == 2 else (*SMALL, "4x4x4 and its multiples"))

@@ -21,15 +21,16 @@ from rlhf_jax.topologies import topology
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "experiments" / "smoke.py")
-WIDE = str(ROOT / "tests" / "wide" / "experiment.py")
+WIDE = "tests/wide/experiment.py"  # from the root of the repository
 HOSTILE = "a'b\"; touch ${CANARY} `touch $CANARY` $(touch $CANARY) \\ #"
 GKE = ["--on", "gke", "--topology", "v5p:4x4x8", "--image", "img:1", "--claim", "runs=/runs"]
 VM = ["--on", "tpu-vm", "--topology", "v5p:4x4x8", "--zone", "us-east5-a"]
 
 
 @pytest.fixture(autouse=True)
-def keep_cache_setting(monkeypatch, tmp_path):
+def from_the_root_with_another_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.chdir(ROOT)
 
 
 def launch(capfd, *arguments, name="run-1", out="/runs/x", file=WIDE):
@@ -389,6 +390,13 @@ def test_kubectl_replaces_a_jobset_that_has_ended_and_no_other(capfd, tmp_path, 
         (["--on", "slurm", "--gpus", "-1"], "--gpus -1: must be at least 0"),
         (["--on", "slurm", "--time", "soon"], "valid is minutes, 12:00:00 or 1-12:00:00"),
         (["--on", "slurm", "--sbatch", "account=ME"], "valid is an option, --sbatch=--account"),
+        (["--on", "slurm", "--sbatch=--nodes=5"], "say it by --nodes, which sets it already"),
+        (["--on", "slurm", "--sbatch=-N5"], "say it by --nodes, which sets it already"),
+        (["--on", "slurm", "--partition", "gpu --wrap=x"], "valid is gpu, or some: a,b"),
+        ([*VM, "--zone", "us; rm"], "--zone 'us; rm': valid is us-east5-a"),
+        ([*VM, "--project", "$(id)"], "valid is my-project"),
+        ([*GKE, "--namespace", "Bad NS"], "valid is small letters, digits and -"),
+        ([*VM, "--install", "foo"], "valid is git+…, a wheel or rlhf-jax==VERSION"),
         (["--on", "slurm", "--image", "i"], "--image is for --on gke, not slurm; leave it out"),
         (["--on", "slurm", "--topology", "v5e:4x4"], "is for --on tpu-vm and gke, not slurm"),
         (["--on", "slurm", "--gpus", "3"], "smoke on 3 devices: "),
@@ -424,11 +432,29 @@ def test_a_mistake_is_one_message_and_nothing_is_run(capfd, tmp_path, monkeypatc
 def test_what_nobody_here_can_check_is_said(capfd):
     _, out, _ = launch(capfd, *GKE, "--dry-run", file="e.py")
     assert out.startswith("# e.py is not here: taken for a path in the image, and not checked\n")
+    _, out, _ = launch(capfd, "--on", "slurm", "--dry-run")
+    assert "# without --gpus nobody here knows the devices" in out
+    assert "nobody" not in launch(capfd, "--on", "slurm", "--gpus", 8, "--dry-run")[1]
     git = ["--install", "git+https://host/r@v1", "--dry-run"]
     _, out, _ = launch(capfd, *VM, *git, file="e.py")
     assert "taken for a path in the repository" in out and "a new machine" not in out
     assert "a new machine has no rlhf-jax" in launch(capfd, *VM, "--dry-run")[1]
     assert "not here" not in launch(capfd, *GKE, "--dry-run")[1]
+
+
+def test_a_path_in_a_repository_is_one_from_its_root(capfd, monkeypatch):
+    git = [*VM, "--install", "git+https://me:token@host/r@v1", "--dry-run"]
+    status, _, err = launch(capfd, *git)
+    assert status == 2 and "token" not in err and "a password has no place here" in err
+    git[git.index("--install") + 1] = "git+https://host/r@v1"
+    status, out, err = launch(capfd, *git)
+    assert status == 0 and f"EXPERIMENT={WIDE}" in out, err
+    status, _, err = launch(capfd, *git, file=str(ROOT / WIDE))
+    assert status == 2 and f"here that is {WIDE}" in err
+    monkeypatch.chdir(ROOT / "tests")
+    status, _, err = launch(capfd, *git, file="wide/experiment.py")
+    assert status == 2 and f"here that is {WIDE}" in err
+    assert launch(capfd, *git, file="../elsewhere.py")[0] == 2
 
 
 @pytest.mark.parametrize("name", ["x; touch y", "$(id)", "-x", "x-", "X", "", "a" * 41, "a/b"])

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rlhf_jax.config import ConfigError
-from rlhf_jax.topologies import topology
+from rlhf_jax.topologies import refuse_type, topology
 
 GIB = 2**30
 
@@ -104,6 +104,7 @@ def target(text: str | None) -> Target:
     Raises:
         ConfigError: if there is no such topology, or what compiles for it is not installed.
     """
+    refuse_type(text)
     name, _, shape = (text or "").partition(":")
     if name == "cpu":
         return _cpu(text, shape)

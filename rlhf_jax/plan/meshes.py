@@ -45,9 +45,16 @@ class Judged:
 
 
 def search(
-    config: Config, target: Target, *, best: int = 2, say: Callable[[str], None] = print
+    config: Config,
+    target: Target,
+    *,
+    best: int = 2,
+    say: Callable[[str], None] = print,
+    **how: Any,
 ) -> dict[str, Any]:
     """All meshes judged, and plans of the `best` of them, the fastest that fits first.
+
+    `how`: more arguments of `plan`.
 
     Raises:
         ConfigError: if the chip's limits are not known, or no mesh is possible.
@@ -63,7 +70,7 @@ def search(
     for one in possible[:best]:
         say(f"mesh {_said(one.mesh)}")
         try:
-            plans.append(plan(config, target, mesh=tuple(one.mesh.values()), say=say))
+            plans.append(plan(config, target, mesh=tuple(one.mesh.values()), say=say, **how))
         except ConfigError as error:
             judged[judged.index(one)] = replace(one, refused=str(error))
     plans.sort(key=lambda found: (not found["fits"], (found["seconds"] or [math.inf])[0]))

@@ -25,6 +25,7 @@ from rlhf_jax.plan.programs import Run, device_bytes, host_batches, programs, si
 from rlhf_jax.train import prepared
 
 COMPILERS = 4  # programs compiled at a time, at most; each needs a few GB of the host
+STAYS = "between phases"
 
 
 def plan(
@@ -33,10 +34,12 @@ def plan(
     *,
     mesh: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    compilers: int = COMPILERS,
 ) -> dict[str, Any]:
     """Every phase compiled for the target: bytes, messages, operations, floors of time.
 
-    `say` is told of each phase when it is compiled, which can take minutes.
+    `say` is told of each phase when it is compiled, which can take minutes; `compilers` work side
+    by side. If what stays between phases is more than the chip has, nothing is compiled.
 
     Raises:
         ConfigError: if the experiment cannot run on such a mesh.
@@ -53,10 +56,15 @@ def plan(
         say(f"{program.name}: {row['seconds']:.0f} s")
         return row
 
-    names = ", ".join(program.name for program in run.programs)
-    say(f"compiling {names}; of a large model each can take minutes")
-    with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:  # XLA lets others run
-        found = list(pool.map(one, run.programs))
+    stays = sum(resident.values())
+    if stays > target.chip.memory:  # libtpu can crash on programs far too large
+        refused = {"needs": stays, "said": "what stays does not fit", "largest": []}
+        found = [{"name": STAYS, "refused": refused, "arguments": stays, "seconds": 0.0}]
+    else:
+        names = ", ".join(program.name for program in run.programs)
+        say(f"compiling {names}; of a large model each can take minutes")
+        with ThreadPoolExecutor(min(compilers, os.cpu_count() or 1)) as pool:  # XLA lets others run
+            found = list(pool.map(one, run.programs))
     result = {
         "experiment": config.name,
         "topology": target.name,
@@ -132,10 +140,12 @@ def mesh_argument(text: str | None) -> tuple[int, ...] | None:
             raise wrong(f"these are {len(parts)} sizes")
         parts = [f"{axis}={size}" for axis, size in zip(sharding.AXES, parts, strict=True)]
     sizes = dict.fromkeys(sharding.AXES, 1)
-    for part in parts:
-        axis, _, size = part.partition("=")
+    given = [part.partition("=")[::2] for part in parts]
+    for i, (axis, size) in enumerate(given):
         if axis not in sizes:
             raise wrong(f"{axis!r} is no axis")
+        if axis in dict(given[:i]):
+            raise wrong(f"{axis} stands there twice")
         if not re.fullmatch(r"-1|[1-9]\d*", size):
             raise wrong(f"{axis} is {size or 'nothing'}, not a number from 1 or -1")
         sizes[axis] = int(size)
