@@ -23,6 +23,13 @@ FORMS = {
     "xpk": (r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", "a cluster's name"),
     "partition": (r"[\w.,+-]+", "gpu, or some: a,b"),
 }
+BY_XPK = {
+    "claim": "XPK mounts what `xpk storage attach` gave the cluster; or --out gs://BUCKET/RUN",
+    "namespace": "XPK uses the default one; leave it out",
+}
+BY_KUBECTL = dict.fromkeys(
+    ("zone", "project"), "kubectl has its cluster already; leave it out, or add --xpk CLUSTER"
+)
 OURS = {  # options of sbatch that launch writes
     "--nodes": "--nodes", "-N": "--nodes", "--job-name": "--name", "-J": "--name",
     "--time": "--time", "-t": "--time", "--partition": "--partition", "-p": "--partition",
@@ -78,14 +85,9 @@ def _check_values(options: Namespace) -> None:
                 f"--{name} is for --on {' and '.join(targets)}, not {options.on}; leave it out"
             )
     if options.on == "gke":
-        other = ("claim", "namespace") if options.xpk else ("zone", "project")
-        if wrong := [name for name in other if getattr(options, name)]:
-            raise ConfigError(
-                f"--{wrong[0]}: XPK does not take it; attach storage to the cluster by `xpk "
-                "storage attach`, or write to --out gs://BUCKET/RUN"
-                if options.xpk
-                else f"--{wrong[0]}: kubectl has its cluster already; leave it out, or add --xpk"
-            )
+        for name, why in (BY_XPK if options.xpk else BY_KUBECTL).items():
+            if getattr(options, name):
+                raise ConfigError(f"--{name}: {why}")
     for name, least in LEAST.items():
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} {getattr(options, name)}: must be at least {least}")
