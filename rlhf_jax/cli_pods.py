@@ -113,7 +113,7 @@ def _plan(options) -> int:
         return _planned(options)
     command = [sys.executable, "-m", "rlhf_jax", *options.arguments]
     for compilers in ("4", "1"):
-        done = subprocess.run(command, env=os.environ | {PLANS: compilers}).returncode
+        done = _run(command, os.environ | {PLANS: compilers})
         if done >= 0:
             return done
         crash = f"the compiler for {options.topology} crashed ({signal.Signals(-done).name})"
@@ -122,10 +122,19 @@ def _plan(options) -> int:
     print(
         f"error: {crash} in the phase that follows those reported above. It does so on programs "
         "far too large for the devices: plan for more, or for fewer rows at a time (microbatches, "
-        "rollouts.chunks)",
+        "rollouts.chunks). SIGKILL: this machine's memory was too small",
         file=sys.stderr,
     )
     return 1
+
+
+def _run(command, environment) -> int:
+    """The status of a process that ends with this one: a signal's default would leave it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return subprocess.run(command, env=environment).returncode
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _planned(options) -> int:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -342,6 +344,23 @@ def test_a_compiler_that_crashes_is_asked_once_more_and_ends_a_plan_with_words(
     assert ("far too large" in said) == bool(again)
     command = [sys.executable, "-m", "rlhf_jax", *arguments]
     assert asked == [(command, "4"), (command, "1")]
+
+
+def test_a_plan_that_is_terminated_leaves_no_compiler_behind(tmp_path):
+    fake, pid = tmp_path / "python", tmp_path / "pid"
+    fake.write_text(f"#!/bin/sh\necho $$ >{pid}.part && mv {pid}.part {pid}\nexec sleep 100\n")
+    fake.chmod(0o755)
+    code = f"import sys; from rlhf_jax import cli; sys.executable = {str(fake)!r}; "
+    code += f"sys.exit(cli.main(['plan', {POD!r}, '--topology', 'v5e:2x4']))"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        for _ in range(600):
+            if pid.exists():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_what_is_too_large_between_phases_is_not_compiled(config, target):
