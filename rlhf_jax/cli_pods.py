@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 TARGETS = ("tpu-vm", "gke", "slurm")
-PLANS = "RLHF_JAX_PLANS"  # in the process that compiles: how many programs at a time
+PLANS = "RLHF_JAX_PLANS"  # in the process that compiles: "many" programs at a time, or "one"
 ACTIONS = ("up", "status", "logs", "stop", "delete")
 
 
@@ -112,12 +112,12 @@ def _plan(options) -> int:
     if options.topology.startswith("cpu:") or os.environ.get(PLANS):
         return _planned(options)
     command = [sys.executable, "-m", "rlhf_jax", *options.arguments]
-    for compilers in ("4", "1"):
+    for compilers in ("many", "one"):
         done = _run(command, os.environ | {PLANS: compilers})
         if done >= 0:
             return done
         crash = f"the compiler for {options.topology} crashed ({signal.Signals(-done).name})"
-        if compilers == "4":
+        if compilers == "many":
             print(f"{crash}; once more, one program at a time", file=sys.stderr, flush=True)
     print(
         f"error: {crash} in the phase that follows those reported above. It does so on programs "
@@ -156,8 +156,9 @@ def _planned(options) -> int:
     config, _ = stage_of(Recorded(value, Path(options.file)), options.stage)
     shape = whole.mesh_argument(options.mesh)
     target = chips.target(options.topology)
-    how = {"compilers": int(os.environ.get(PLANS) or whole.COMPILERS)}
-    how["say"] = lambda line: print(line, file=sys.stderr, flush=True)
+    how = {"say": lambda line: print(line, file=sys.stderr, flush=True)}
+    if os.environ.get(PLANS) == "one":
+        how["compilers"] = 1
     if options.search:
         found = meshes.search(config, target, best=options.best, **how)
         shown, show = found["plans"], meshes.show

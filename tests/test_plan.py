@@ -303,11 +303,14 @@ def test_advice_names_the_amounts(config):
     assert not any(phase == "score" for phase, _ in said)
 
 
-@pytest.mark.parametrize(("needs", "active"), [(38.0, 30.0), (None, 8.0)])
+@pytest.mark.parametrize(("needs", "active"), [(38.0, 30.0), (None, 8.0), (15.9, 7.9)])
 def test_of_a_phase_that_the_compiler_refuses_only_what_is_not_an_argument_comes_and_goes(
     config, needs, active
 ):
-    """Without a number it needs more than the chip has, which is what savings are counted from."""
+    """Without a number it needs more than the chip has, which is what savings are counted from.
+
+    With one it may need less: libtpu keeps a quarter of a GiB of 16 for itself.
+    """
     refused = {"refused": {"needs": needs, "said": "Ran out of it"}, "arguments": 8.0}
     found = {
         "chip": {"memory": 16.0}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 1},
@@ -316,12 +319,12 @@ def test_of_a_phase_that_the_compiler_refuses_only_what_is_not_an_argument_comes
     }  # fmt: skip
     found["advice"] = advice(config, found)
     said = {(one["phase"], one["change"].split(":")[0]): one["saves"] for one in found["advice"]}
-    assert said["reward", "--set rollouts.chunks=2"] == active / 2
+    assert said["reward", "--set rollouts.chunks=2"] == int(active / 2)
     copy = stored_bytes(config.models["policy"], found["mesh"])
     for name in ("copy/policy", "rollout"):
         assert said[name, "--mesh with tensor=4, fsdp=1"] == copy // 2
     lines = page.verdict(found)
-    assert ("  the compiler: Ran out of it" in lines) == (needs is None)
+    assert ("  the compiler: Ran out of it" in lines) == (needs != 38.0)
     assert any(line.startswith("  at least ") for line in lines) == (needs is None)
 
 
@@ -343,7 +346,7 @@ def test_a_compiler_that_crashes_is_asked_once_more_and_ends_a_plan_with_words(
     assert "the compiler for v5e:2x4 crashed (SIGSEGV); once more, one program at a time" in said
     assert ("far too large" in said) == bool(again)
     command = [sys.executable, "-m", "rlhf_jax", *arguments]
-    assert asked == [(command, "4"), (command, "1")]
+    assert asked == [(command, "many"), (command, "one")]
 
 
 def test_a_plan_that_is_terminated_leaves_no_compiler_behind(tmp_path):
@@ -384,8 +387,8 @@ def test_what_a_compiler_says_it_would_need_is_read():
     assert phase.refusal("RESOURCE_EXHAUSTED: no")["needs"] is None
 
 
-def test_what_is_advised_can_be_pasted(config):
-    """Every change of a number is a --set that the experiment takes, and saves what it says."""
+def test_what_is_advised_can_be_pasted():
+    """Every change of a number is a --set that the experiment takes."""
     resident = {"policy: optimiser": 8.0, "critic: weights": 4.0}
     memory = {"peak": 20.0, "arguments": 8.0, "total": 30.0}
     names = ("rollout", "score", "reward", "update/policy", "update/critic")
@@ -490,7 +493,7 @@ def test_search_compiles_the_best_by_arithmetic_and_puts_the_fastest_that_fits_f
 def test_a_mistake_is_one_message_that_says_what_is_valid(
     arguments, says, capsys, cache_kept, monkeypatch
 ):
-    monkeypatch.setenv(cli_pods.PLANS, "1")  # here, not in a process of its own
+    monkeypatch.setenv(cli_pods.PLANS, "one")  # here, not in a process of its own
     size = [] if "--set" in arguments else ["--set", "size=tiny"]
     assert cli.main(["plan", POD, *size, *arguments]) == 2
     assert says in capsys.readouterr().err

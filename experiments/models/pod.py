@@ -2,7 +2,7 @@
 
     rlhf-jax plan experiments/models/pod.py --set size=8B --topology v5e:16x16
     rlhf-jax plan experiments/models/pod.py --set size=70B --topology v5p:4x4x8
-    rlhf-jax train experiments/models/pod.py --set size=tiny --set dtype=float32 --out DIR
+    rlhf-jax train experiments/models/pod.py --set size=tiny --set rows=16 --set length=64 --out DIR
 
 Policy and critic are trained in full, float32 with bfloat16 computation; reference and reward model
 are frozen, in bfloat16. Without `path` weights are random, prompts are random tokens and nothing

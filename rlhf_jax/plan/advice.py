@@ -20,13 +20,12 @@ def advice(config: Config, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     memory, changes = found["chip"]["memory"], []
     for phase in found["phases"]:
-        if "refused" in phase:
-            needs = phase["refused"]["needs"]
-            active = max(0, (needs or memory) - phase["arguments"])
+        refused = phase.get("refused")  # by the compiler, which keeps some of the memory back
+        if refused is not None:
+            active = max(0, (refused["needs"] or memory) - phase["arguments"])
         else:
-            needs = phase["memory"]["total"]
             active = phase["memory"]["peak"] - phase["memory"]["arguments"]
-        if needs is None or needs > memory:
+        if refused is not None or phase["memory"]["total"] > memory:
             changes += [
                 {"phase": phase["name"], "change": change, "saves": int(saved)}
                 for change, saved in _changes(config, found, phase["name"], active)

@@ -154,10 +154,9 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         if "refused" in phase or needs > limit:
             amount = "more than there is" if needs is None else f"{needs / GIB:,.2f} GiB"
             lines.append(f"{phase['name']} does not fit: {amount} of {limit / GIB:,.2f} GiB")
-            least = ""
-            if needs is None:
+            if needs is None or needs <= limit:
                 lines.append(f"  the compiler: {phase['refused']['said']}")
-                least = "at least "
+            least = "at least " if needs is None else ""
             lines += [
                 f"  {least}{one['saves'] / GIB:,.2f} GiB less: {one['change']}"
                 for one in found["advice"]
