@@ -78,7 +78,7 @@ def config():
 
 def run(experiment, out, mesh, steps):
     """One that goes on to a step, by as many processes as the mesh has devices."""
-    every = ("checkpoint.every=1", "checkpoint.keep=4", f"mesh={mesh}".replace(" ", ""))
+    every = ("checkpoint.every=1", "checkpoint.keep=3", f"mesh={mesh}".replace(" ", ""))
     command = [*RLHF_JAX, "train", experiment, "--out", out, "--resume"]
     settings = [f"--set={x}" for x in (*every, f"steps={steps}")]
     codes, said = together([[*command, *settings]] * math.prod(mesh))
@@ -87,12 +87,12 @@ def run(experiment, out, mesh, steps):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Four steps in one process: of smoke, and of it with plain gradients as its updates."""
+    """Three steps in one process: of smoke, and of it with plain gradients as its updates."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "plain.py").write_text(PLAIN.format(smoke=str(SMOKE)))
     found = {"smoke": SMOKE, "plain": folder / "plain.py"}
     for name, experiment in found.items():
-        run(experiment, folder / name, (1, 1, 1, 1), 4)
+        run(experiment, folder / name, (1, 1, 1, 1), 3)
     return {name: (experiment, folder / name) for name, experiment in found.items()}
 
 
@@ -102,27 +102,30 @@ def alone(tmp_path_factory):
 def test_several_processes_take_the_same_three_steps_as_one(tmp_path, alone, mesh, name):
     """From the same bits, so that rounding does not add up over steps: weights to 1e-5.
 
-    Of plain gradients the updates, too. With Adam, which divides by the root of their square, these
-    differ by 5e-5; with a price of KL by 1.2e-5, for it is a small difference of two large numbers.
+    The first step begins with weights that each makes of the seed, and the policy hardly moves. Of
+    the others updates are compared, too: of plain gradients to 1e-5; with Adam, which divides by
+    the root of their square, they differ by 5e-5.
     """
     experiment, one_run = alone[name]
-    for step in (1, 2, 3):  # in the first the policy does not move
+    for step in (0, 1, 2):
         out = tmp_path / f"{step}"
-        shutil.copytree(one_run, out)
-        for later in range(step + 1, 5):
-            shutil.rmtree(out / "checkpoints" / f"{later}")
+        if step > 0:
+            shutil.copytree(one_run, out)
+            for later in range(step + 1, 4):
+                shutil.rmtree(out / "checkpoints" / f"{later}")
         run(experiment, out, mesh, step + 1)
         for learner in ("policy", "critic", "reward"):
-            old, one = (
-                ravel_pytree(restore_params(one_run, learner, step=s))[0] for s in (step, step + 1)
+            one, other = (
+                ravel_pytree(restore_params(found, learner, step=step + 1))[0]
+                for found in (one_run, out)
             )
-            other = ravel_pytree(restore_params(out, learner, step=step + 1))[0]
-            size, moved, differ = map(np.linalg.norm, (one, one - old, other - one))
-            print(
-                f"{mesh} {name} {learner}, step {step}: {moved=:.3g} of {size:.3g}, {differ=:.2g}"
-            )
+            size, differ = map(np.linalg.norm, (one, other - one))
+            print(f"{mesh} {name} {learner} {step}: {size=:.3g}, {differ=:.2g}")
             assert differ <= 1e-5 * size
-            assert differ <= (1e-5 if name == "plain" else 1e-4) * moved
+            if step > 0:
+                old = ravel_pytree(restore_params(one_run, learner, step=step))[0]
+                moved = np.linalg.norm(one - old)
+                assert differ <= (1e-5 if name == "plain" else 1e-4) * moved
 
 
 HOST = """
