@@ -82,6 +82,7 @@ def config(
     windows: int = 1,
     cache_dtype: str | None = None,
     slots: int | None = None,
+    chunks: int = 1,
     rescore: bool = False,
     dtype: str = "float32",
     scan: bool = False,
@@ -97,7 +98,7 @@ def config(
     if mean is not None and mean <= 1:
         raise ConfigError(f"mean={mean}: a text has more than one token on average")
     if mean is not None:
-        slots = rows // 2 if slots is None else slots
+        slots = rows // chunks // 2 if slots is None else slots
         microbatches = 4 if microbatches is None else microbatches
         widths = (prompt + length // 4, prompt + length // 2) if widths is None else widths
     microbatches, widths = microbatches or 1, widths or ()
@@ -122,6 +123,7 @@ def config(
             length=length,
             sampling=Sampling(stop=() if mean is None else (END,)),
             slots=slots,
+            chunks=chunks,
             windows=windows,
             rescore=rescore,
             widths=tuple(widths),

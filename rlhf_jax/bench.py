@@ -114,7 +114,8 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     table = Table(title=f"{found['experiment']} on {found['device']}")
     head = ("phase", "seconds", "least", "most", "tokens/s", "of FLOP/s", "of bytes/s")
     for name in head:
-        table.add_column(name, justify="left" if name == "phase" else "right")
+        left = {"justify": "left", "overflow": "fold"}
+        table.add_column(name, **(left if name == "phase" else {"justify": "right"}))
     for name, row in found["phases"].items():
         cells = [f"{row[key]:.3f}" for key in ("seconds", "least", "most")]
         cells.append(f"{row['tokens'] / row['seconds']:,.0f}" if "tokens" in row else "")
@@ -174,12 +175,14 @@ def by_phase(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[s
         if learner.batch == "experience":
             updates = learner.epochs * learner.minibatches
             moved = partial(flops.update_bytes, passes=learner.microbatches)
-            work[f"update/{name}"] = (
+            one = (
                 3 * learner.epochs * operations([name]),  # backward costs twice what forward does
                 updates * sum(map(moved, known([name]))),
                 learner.epochs * text,
             )
-    count, size, _ = (sum(parts) for parts in zip(*work.values(), strict=True))
+            turn = next(key for key in table if name in key.removeprefix("update/").split("+"))
+            work[turn] = tuple(map(sum, zip(one, work.get(turn, (0, 0, 0)), strict=True)))
+    count, size, _ = map(sum, zip(*work.values(), strict=True))
     work["iteration"] = count, size, said
     for name, (count, size, tokens) in work.items():
         row = table[name]

@@ -202,8 +202,9 @@ def _check_rollouts(config, spec, exists):
             f"model's context of {context} tokens; shorten one of them"
         )
     rows = rollout_rows(config)
-    if rows is not None and rows % spec.microbatches:
-        raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {rows} rows")
+    if rows is not None and rows % spec.chunks == 0 and rows // spec.chunks % spec.microbatches:
+        each = f"{rows // spec.chunks} rows" + " of a chunk" * (spec.chunks > 1)
+        raise ConfigError(f"rollouts.microbatches={spec.microbatches} does not divide {each}")
     if not spec.rescore and spec.kl.exact:
         raise ConfigError(
             "rollouts.rescore=False leaves no logits for an exact KL: set rollouts.rescore=True or "

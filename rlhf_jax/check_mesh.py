@@ -75,10 +75,10 @@ def check_rows(config: Config, mesh: Sequence[int]) -> None:
         except ValueError as error:
             raise ConfigError(f"rollouts.slots: {error}") from error
         parts = spec.microbatches * data * fsdp
-        if spec.widths and sizes["experience"] % parts:
+        if spec.widths and rows % parts:
             raise ConfigError(
-                f"rollouts.widths: {sizes['experience']} rows do not divide into "
-                f"{spec.microbatches} micro-batches × {data * fsdp} devices"
+                f"rollouts.widths: {rows} rows do not divide into {spec.microbatches} "
+                f"micro-batches × {data * fsdp} devices"
             )
     for name, learner in config.learners.items():
         size = sizes.get(learner.batch)  # what is derived is known once it is made

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlhf_jax import feed, rewards, sharding
+from rlhf_jax import feed, lanes, rewards, sharding
 from rlhf_jax.config import Config
 from rlhf_jax.feed import RunError
 from rlhf_jax.hostpool import RewardError
@@ -47,57 +47,64 @@ def make_experience(run: Run, state: TrainState, step: int):
     def prompts_and_key(step):
         return next_batch(run, spec.prompts, stream), phase_key(config.seed, step, "rollout")
 
-    with run.meter.phase("rollout") as count:
+    with run.meter.phase("rollout"):
+        copies = phases.written_with(params, spec.writers)
         if spec.ahead:
             more["rollout/staleness"] = 0.0 if state.pending is None else 1.0
-            copies = phases.written_with(params, spec.writers)
-            rollout, reward = state.pending, None
+            rollout = state.pending
             if rollout is None:
                 rollout = sampled(run, copies, *prompts_and_key(step))
             following = sampled(run, copies, *prompts_and_key(step + 1))
-            del copies  # as large as the weights: not there while they are scored
-            state = state.replace(pending=following)  # on its way: the host goes on
+            rollouts, state = [rollout], state.replace(pending=following)
         else:
-            rollout, reward = paid(run, params, *prompts_and_key(step))
-        # Copied, not added up on the device: that would wait for what is on its way.
-        here = rollout.mask.is_fully_addressable
-        count(int((np.asarray(rollout.mask) if here else rollout.mask).sum()))
-    with run.meter.phase("reward"):
-        if reward is None:
+            rollouts = in_chunks(run, copies, *prompts_and_key(step))
+        del copies  # as large as the weights: not there while they are scored
+    # All are on their way: while the host pays for one, others are sampled and scored.
+    found = []
+    for i, rollout in enumerate(rollouts):
+        with run.meter.phase("rollout") as count:
+            # Copied, not added up on the device: that would wait for what is on its way.
+            here = rollout.mask.is_fully_addressable
+            count(int((np.asarray(rollout.mask) if here else rollout.mask).sum()))
+        with run.meter.phase("reward"):
             reward = checked_reward(run, rollout, params)
-    with run.meter.phase("score", tokens=rollout.tokens.size):
-        experience, control, metrics = phases.collect(rollout, reward, params, state.control)
+        with run.meter.phase("score", tokens=rollout.tokens.size):
+            scores = lanes.start(phases.mesh, i, phases.score, rollout, params)
+            found.append((rollout, reward, scores))
+    with run.meter.phase("score"):
+        whole = phases.join(found) if len(found) > 1 else found[0]
+        experience, control, metrics = phases.collect(*whole, state.control)
         jax.block_until_ready(experience)
     return experience, state.replace(control=control), metrics | more
 
 
-def paid(run: Run, params: Mapping[str, Params], prompts: Prompts, key):
-    """A rollout, and its reward if it is made in chunks: of one while the next is sampled."""
-    n = run.config.rollouts.chunks
-    copies = run.phases.written_with(params, run.config.rollouts.writers)
+def in_chunks(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> list[Rollout]:
+    """Rollouts of the chunks of the prompts, all on their way."""
+    n, mesh = run.config.rollouts.chunks, run.phases.mesh
     if n == 1:
-        return sampled(run, copies, prompts, key), None
-    cut, found = run.phases.cut(prompts), []
-    following = sampled(run, copies, jax.tree.map(lambda x: x[0], cut), key)
-    for i in range(1, n + 1):
-        rollout = following  # on its way, like what the device does behind it
-        if i < n:
-            following = sampled(run, copies, jax.tree.map(lambda x, i=i: x[i], cut), key)
-        found.append((rollout, checked_reward(run, rollout, params)))
-    return run.phases.join(found)
+        return [sampled(run, params, prompts, key)]
+    cut = run.phases.cut(prompts)
+    chunks = [jax.tree.map(lambda x, i=i: x[i], cut) for i in range(n)]
+    return [lanes.start(mesh, i, sampled, run, params, x, key) for i, x in enumerate(chunks)]
 
 
 def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Rollout:
-    """A rollout of the policy; an environment that broke its contract stops the run.
+    """A rollout of the policy, on its way.
 
     `params` are the writers' weights, as `Phases.written_with` hands them out.
     """
     spec = run.config.rollouts
-    environment = spec.environment
-    if environment is None:
+    if spec.environment is None:
         return run.phases.generate(params[spec.policy], prompts, key, spec.sampling)
-    context = {name: params[name] for name in environment.context}
-    rollout = run.phases.generate(params[spec.policy], prompts, key, spec.sampling, context)
+    context = {name: params[name] for name in spec.environment.context}
+    return run.phases.generate(params[spec.policy], prompts, key, spec.sampling, context)
+
+
+def checked_rollout(run: Run, rollout: Rollout) -> None:
+    """An environment that broke its contract stops the run."""
+    environment = run.config.rollouts.environment
+    if environment is None:
+        return
     seen, error = sharding.local(rollout), None
     if not np.isfinite(seen.earned).all():
         row = int(np.argmin(np.isfinite(seen.earned).all(1)))
@@ -108,14 +115,14 @@ def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Ro
             f"{environment.forced}\n  {run.tokenizer.decode(ids)!r} (tokens {ids})"
         )
     agree(error, "its environment broke the contract")
-    return rollout
 
 
 def checked_reward(run: Run, rollout: Rollout, params: Mapping[str, Params]) -> jax.Array:
-    """The reward of every row, after a look at it: nothing that is not finite is learned from.
+    """The reward of every row, after a look at both: nothing that is not finite is learned from.
 
     Each process looks at its own rows; a reward on the host is shown no others.
     """
+    checked_rollout(run, rollout)
     pay, error = run.phases.reward, None
     on_host, seen = getattr(pay, "on_host", False), sharding.local(rollout)
     try:

@@ -38,7 +38,8 @@ class Phases:
     copied: int  # bytes that each device receives for all these copies
     generate: Callable | None  # params, prompts, key, sampling[, context] -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
-    collect: Callable | None  # rollout, reward, params, control -> Experience, Control, metrics
+    score: Callable | None  # rollout, params -> what models say about it
+    collect: Callable | None  # rollout, reward, scores, control -> Experience, Control, metrics
     derive: Mapping[str, Callable]  # *batches, params, key -> batch
     update: Mapping[str, Callable]  # state, frozen, batch, key -> state, metrics
     evaluate: Mapping[str, Callable]  # params, frozen, batch -> metrics
@@ -116,7 +117,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
         )
         evaluations[name] = jax.jit(partial(step.evaluate, **bound), out_shardings=same)
 
-    cut = join = sample = reward = collect = None
+    cut = join = sample = reward = score = collect = None
     copy, copied = copies(config, mesh)
     if spec is not None and spec.environment is not None:
         names = spec.environment.context
@@ -130,9 +131,8 @@ def build(config: Config, mesh: Mesh) -> Phases:
         reward = spec.reward
         if not getattr(reward, "on_host", False):
             reward = jax.jit(reward, out_shardings=rows)
-        collect = jax.jit(
-            partial(step.collect, spec=spec, models=models), out_shardings=(rows, same, same)
-        )
+        score = jax.jit(partial(step.opinions, spec=spec, models=models), out_shardings=rows)
+        collect = jax.jit(partial(step.collect, spec=spec), out_shardings=(rows, same, same))
     derive = {
         name: one.make
         if getattr(one.make, "on_host", False)
@@ -147,6 +147,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
         copied=copied,
         generate=sample,
         reward=reward,
+        score=score,
         collect=collect,
         derive=derive,
         update=updates,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,24 +236,30 @@ def check_rows(rows: int, learner: Learner) -> None:
         )
 
 
+class Opinions(NamedTuple):
+    """What models say about a rollout before anything is learned from it."""
+
+    old: Scores  # the policy's; the sampler's log-probabilities alone, if it is not asked again
+    reference: Float[Array, "b t"]  # log-probabilities; without a reference the policy's
+    value: Float[Array, "b t"]  # 0 without a critic
+    kl: Float[Array, "b t"]  # of policy and reference over the vocabulary, if that is asked for
+
+
 def collect(
     rollout: Rollout,
     reward: Float[Array, "b t"],
-    params: Mapping[str, Params],
+    scores: Opinions,
     control: Control,
     *,
     spec: Rollouts,
-    models: Mapping[str, Any],
 ) -> tuple[Experience, Control, Metrics]:
-    """A rollout and its rewards become experience: trainer's log-probabilities, KL, advantages.
+    """A rollout, its rewards and what `opinions` found become experience: KL, advantages.
 
     The control comes back with its KL coefficient adapted. Metrics are means over the samples, or
     over masked tokens; KL is the sum over a sample's tokens of logp − ref_logp, in nats.
     """
     mask = rollout.mask
-    old, ref, value, exact = _old_scores(rollout, params, spec, models)
-    if spec.reference is None:
-        ref = old.logp
+    old, ref, value, exact = scores
     outcome = masked.sum(reward, mask, axis=-1)
     if spec.normalise:
         reward = rewards.normalise(reward, mask, control.reward_mean, control.reward_std)
@@ -300,8 +306,13 @@ def collect(
     return jax.lax.stop_gradient((experience, control, metrics))
 
 
-def _old_scores(rollout, params, spec, models):
-    """The policy's scores, the reference's logp, the values and, if asked for, the exact KL."""
+def opinions(
+    rollout: Rollout, params: Mapping[str, Params], *, spec: Rollouts, models: Mapping[str, Any]
+) -> Opinions:
+    """The trainer's log-probabilities, the reference's, the values and, if asked for, the KL.
+
+    Rows do not meet: a rollout may be scored in chunks.
+    """
     zero = jnp.zeros(rollout.tokens.shape, jnp.float32)
     compare = spec.kl.exact and spec.reference is not None
     scorers = {spec.policy if spec.rescore else None, spec.reference, spec.value} - {None}
@@ -321,9 +332,9 @@ def _old_scores(rollout, params, spec, models):
 
     found = map_over(some, rollout, spec.microbatches, spec.widths)
     policy = found[spec.policy] if spec.policy in found else Scores(logp=rollout.logp)
-    return (
-        policy,
-        found[spec.reference].logp if spec.reference is not None else zero,
-        found[spec.value].value if spec.value is not None else zero,
-        policy.extra["reference_kl"] if compare else zero,
+    return Opinions(
+        old=policy,
+        reference=policy.logp if spec.reference is None else found[spec.reference].logp,
+        value=found[spec.value].value if spec.value is not None else zero,
+        kl=policy.extra["reference_kl"] if compare else zero,
     )

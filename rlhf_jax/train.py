@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from rlhf_jax import feed, sharding
+from rlhf_jax import feed, lanes, sharding
 from rlhf_jax.bucket import Mirror
 from rlhf_jax.check import check
 from rlhf_jax.checkpoint import Checkpoints, Preemption, Stopped
@@ -148,26 +149,51 @@ def one_step(run: Run, state: TrainState, step: int) -> TrainState:
     if config.rollouts is not None:
         batches["experience"], state, found = make_experience(run, state, step)
         metrics |= found
-    for name, learner in config.learners.items():
-        if not learner.when(step):
-            continue
-        batch = batch_of(learner.batch)
-        others = weights_now(run, learner.others, state.replace(learners=learners))
-        key = phase_key(config.seed, step, f"update/{name}")
-        with run.meter.phase(f"update/{name}", tokens=batch.tokens.size * learner.epochs):
-            try:
-                learners[name], found = run.phases.update[name](learners[name], others, batch, key)
-            except Misfit as error:
-                raise RunError(
-                    f"learners.{name}, which learns from {learner.batch!r}: {error}"
-                ) from error
-            jax.block_until_ready(learners[name])
-        metrics |= {f"{name}/{metric}": x for metric, x in found.items()}
-        stop_if_stuck(run, learners[name], name, batch, step)
+    due = [name for name, learner in config.learners.items() if learner.when(step)]
+    for names in turns(config, due, run.phases.mesh):
+        mine = {name: batch_of(config.learners[name].batch) for name in names}
+        tokens = sum(x.tokens.size * config.learners[name].epochs for name, x in mine.items())
+        with run.meter.phase(f"update/{'+'.join(names)}", tokens=tokens):
+            for lane, (name, batch) in enumerate(mine.items()):
+                now = state.replace(learners=learners)
+                learners[name], found = update(run, now, name, batch, step, lane)
+                metrics |= {f"{name}/{metric}": x for metric, x in found.items()}
+            jax.block_until_ready([learners[name] for name in names])
+        for name, batch in mine.items():
+            stop_if_stuck(run, learners[name], name, batch, step)
     state = state.replace(step=state.step + 1, learners=learners)
     metrics |= evaluate(run, state, step)
     run.meter.write(step, metrics)
     return state
+
+
+def turns(config: Config, names: Sequence[str], mesh: Mesh) -> list[Sequence[str]]:
+    """Learners that update at once, turn after turn: one a turn, or on one CPU all of them.
+
+    All only if none reads what another one learns, so that the order does not matter.
+    """
+
+    def read_by(batch):
+        made = config.derived.get(batch)
+        return {*made.models, *(n for one in made.of for n in read_by(one))} if made else set()
+
+    def alone(name):
+        learner = config.learners[name]
+        return not ({*learner.others, *read_by(learner.batch)} - {name}) & set(names)
+
+    at_once = lanes.count(mesh) > 1 and all(map(alone, names))
+    return [names] if at_once and names else [[name] for name in names]
+
+
+def update(run: Run, state: TrainState, name: str, batch, step: int, lane: int = 0):
+    """A learner's new state and its metrics, on their way."""
+    learner, phases = run.config.learners[name], run.phases
+    others = weights_now(run, learner.others, state)
+    given = state.learners[name], others, batch, phase_key(run.config.seed, step, f"update/{name}")
+    try:
+        return lanes.start(phases.mesh, lane, phases.update[name], *given)
+    except Misfit as error:
+        raise RunError(f"learners.{name}, which learns from {learner.batch!r}: {error}") from error
 
 
 def derive(run: Run, name: str, sources: list, params: Mapping[str, Params], step: int):

@@ -72,8 +72,9 @@ def trained(
                 context=None if environment is None else params(environment.context),
             )
             reward = rollouts.reward(rollout, params(models))
+            said = step.opinions(rollout, params(models), spec=rollouts, models=models)
             batches["experience"], control, found = step.collect(
-                rollout, reward, params(models), control, spec=rollouts, models=models
+                rollout, reward, said, control, spec=rollouts
             )
             metrics |= found
         for i, (name, make) in enumerate((data or {}).items()):

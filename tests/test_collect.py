@@ -13,7 +13,7 @@ from rlhf_jax import masked, objectives
 from rlhf_jax.advantages import gae
 from rlhf_jax.config import Learner, Rollouts
 from rlhf_jax.rewards import KL
-from rlhf_jax.step import collect, evaluate
+from rlhf_jax.step import collect, evaluate, opinions
 from rlhf_jax.types import Control, Rollout
 
 TABLE = toys.Table(32)
@@ -42,7 +42,12 @@ def tables():
 def collected(rollout, reward, tables, control=None, **spec):
     spec = {"advantage": partial(gae, trace=0.95), "kl": KL(adaptive=False)} | spec
     rollouts = Rollouts(reward=None, length=8, **spec)
-    run = jax.jit(partial(collect, spec=rollouts, models=MODELS))
+
+    @jax.jit
+    def run(rollout, reward, tables, control):
+        said = opinions(rollout, tables, spec=rollouts, models=MODELS)
+        return collect(rollout, reward, said, control, spec=rollouts)
+
     return jax.device_get(run(rollout, reward, tables, control or control_of()))
 
 
@@ -186,9 +191,8 @@ def identity(model, params):
     def run(rollout):
         both = {"policy": params, "reference": jax.tree.map(jnp.copy, params)}
         reward = masked.at_last(jnp.ones(16), rollout.mask)
-        experience, _, metrics = collect(
-            rollout, reward, both, control_of(0.1), spec=spec, models=models
-        )
+        said = opinions(rollout, both, spec=spec, models=models)
+        experience, _, metrics = collect(rollout, reward, said, control_of(0.1), spec=spec)
         return experience, metrics, evaluate(params, {}, experience, learner=learner, models={})
 
     return lambda rollout: jax.device_get(run(rollout))

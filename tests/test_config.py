@@ -228,6 +228,7 @@ def with_rollouts(**fields):
         (with_rollouts(value="sft"), "the model of 'sft' has no value_head"),
         (with_rollouts(reference="r"), "rollouts.reference: there is no 'r'"),
         (with_rollouts(microbatches=5), "rollouts.microbatches=5 does not divide 32 rows"),
+        (with_rollouts(microbatches=8, chunks=8), "=8 does not divide 4 rows of a chunk"),
         (with_rollouts(widths=(0, 8)), "rollouts.widths=(0, 8): numbers of tokens"),
         (with_rollouts(widths=(8,), microbatches=8), "rollouts.widths: 32 rows do not divide into "
          "8 micro-batches × 8 devices"),

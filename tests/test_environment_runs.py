@@ -181,13 +181,13 @@ def test_a_run_with_a_broken_environment_stops_and_shows_the_row():
     spec = SimpleNamespace(environment=SPOILT, policy="policy", sampling=None)
     run = SimpleNamespace(
         config=SimpleNamespace(rollouts=spec),
-        phases=SimpleNamespace(generate=lambda *given: found),
+        phases=SimpleNamespace(reward=lambda *given: pytest.fail("it was paid")),
         tokenizer=tokenizers.load("bytes"),
     )
     with pytest.raises(
         training.RunError, match=rf"in row {row} .*outside 0 to 2\n.*tokens \[1, 2, 3"
     ):
-        training.sampled(run, {"policy": None}, None, None)
+        training.checked_reward(run, found, {})
 
 
 def test_a_prompt_cannot_be_given_to_a_run_with_an_environment(tmp_path):

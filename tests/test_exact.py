@@ -25,7 +25,7 @@ from rlhf_jax.optimizer import adam
 from rlhf_jax.rewards import KL
 from rlhf_jax.rollout import generate
 from rlhf_jax.sampling import Sampling
-from rlhf_jax.step import collect, update
+from rlhf_jax.step import collect, opinions, update
 from rlhf_jax.types import Control, Prompts
 
 ROWS, STEPS = 256, 350
@@ -63,9 +63,8 @@ def step(state, key, discount):
     rollout = generate(learner.params, prompts, drawn, model=MODEL, length=3, sampling=Sampling())
     reward = masked.at_last(reward_of(rollout.tokens).astype(jnp.float32), rollout.mask)
     params = {"policy": learner.params, "reference": reference_params()}
-    experience, control, metrics = collect(
-        rollout, reward, params, control, spec=rollouts, models=MODELS
-    )
+    said = opinions(rollout, params, spec=rollouts, models=MODELS)
+    experience, control, metrics = collect(rollout, reward, said, control, spec=rollouts)
     learner, _ = update(learner, {}, experience, shuffled, learner=spec, models=MODELS)
     return (learner, control), metrics
 

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import cli, cli_pods, flops, masked, objectives, sharding
+from rlhf_jax import cli, cli_pods, flops, lanes, masked, objectives, sharding
 from rlhf_jax.check import check
 from rlhf_jax.config import Config, ConfigError, From, Frozen, Learner, Rollouts
 from rlhf_jax.data.drawn import drawn, one_prompt
@@ -122,9 +122,36 @@ def test_bytes_of_a_plan_are_those_of_live_arrays(config, target, found):
     assert memory["total"] == memory["peak"] + idle + on_one_device(batch) - on_one_device(read)
 
 
+def test_programs_that_run_at_once_on_one_cpu_need_their_memory_at_once(
+    config, target, monkeypatch, compiled_once
+):
+    policy = config.learners["policy"]
+    critic = replace(policy, model=replace(policy.model, layers=2))
+    one = replace(
+        config,
+        mesh=(1, 1, 1, 1),
+        learners={"policy": policy, "critic": critic},
+        rollouts=replace(config.rollouts, chunks=4),
+    )
+    cpu = replace(target, devices=target.devices[:1])
+
+    def memory(lanes_of_it):
+        monkeypatch.setattr(lanes, "count", lambda mesh: lanes_of_it)
+        return {row["name"]: row["memory"] for row in plan(one, cpu)["phases"]}
+
+    alone, beside = memory(1), memory(2)
+    new = {name: x["peak"] - x["arguments"] for name, x in alone.items()}
+    more = {name: beside[name]["total"] - x["total"] for name, x in alone.items()}
+    for name in ("rollout", "reward", "score"):
+        assert more[name] == new[name] > 0
+    assert more["update/policy"] == new["update/critic"] > new["update/policy"]
+    assert more["update/critic"] == new["update/policy"]
+    assert more["collect"] == 0
+
+
 def test_a_plan_counts_every_phase_and_says_what_does_not_fit(found, capsys):
     names = [phase["name"] for phase in found["phases"]]
-    assert names == ["copy/policy", "rollout", "reward", "score", "update/policy"]
+    assert names == ["copy/policy", "rollout", "reward", "score", "collect", "update/policy"]
     assert not found["fits"] and found["advice"]
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
     rollout = found["phases"][1]

@@ -43,7 +43,7 @@ from rlhf_jax.optimizer import adam
 from rlhf_jax.ratios import k1, k2, k3, sequence_log_ratio, token_log_ratio
 from rlhf_jax.rewards import KL, max_entropy
 from rlhf_jax.score import score
-from rlhf_jax.step import collect
+from rlhf_jax.step import collect, opinions
 from rlhf_jax.testing import random_batch
 from rlhf_jax.types import Control, Experience, Rollout, Scores
 
@@ -260,7 +260,8 @@ def expected_update(params, rollout, objective, beta, vocab=None, **spec):
     spec = Rollouts(reward=None, length=3, value=None, **spec)
     reward = masked.at_last(jnp.asarray(toy_chain.REWARD, jnp.float32), rollout.mask)
     control = Control(jnp.float32(beta), jnp.float32(0), jnp.float32(1))
-    batch, _, _ = collect(rollout, reward, trees, control, spec=spec, models=MODELS)
+    said = opinions(rollout, trees, spec=spec, models=MODELS)
+    batch, _, _ = collect(rollout, reward, said, control, spec=spec)
     weight = jnp.exp(batch.old_logp.sum(1))
 
     def loss(params):

@@ -103,7 +103,8 @@ def outcome(config, model, params):
                 names = {"policy": state.params, "reference": jax.tree.map(jnp.copy, state.params)}
                 control = Control(*map(jnp.float32, (0.1, 0, 1)))
                 reward = built.reward(rollout, names)
-                step0 = jax.device_get(built.collect(rollout, reward, names, control))
+                said = built.score(rollout, names)
+                step0 = jax.device_get(built.collect(rollout, reward, said, control))
             rollout = jax.device_get(rollout)
             batch = built.place(groups())
             new, metrics = built.update["policy"](state, {}, batch, key)

@@ -27,9 +27,10 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.experiment import load
 from rlhf_jax.feed import RunError
 from rlhf_jax.hostpool import RewardError
+from rlhf_jax.metrics import Meter
 from rlhf_jax.optimizer import sgd
 from rlhf_jax.phases import phase_key
-from rlhf_jax.start import abstract_rollout, abstract_state
+from rlhf_jax.start import abstract_rollout, abstract_state, begin
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SMOKE = EXPERIMENTS / "smoke.py"
@@ -157,7 +158,7 @@ def test_a_bad_reward_stops_the_run_and_is_shown(reward, says, tmp_path):
         train(replace(config, rollouts=rollouts), tmp_path)
 
 
-def test_the_host_pays_for_a_chunk_while_the_next_is_sampled_and_the_rows_keep_their_order():
+def test_chunks_are_all_on_their_way_before_the_host_pays_and_rows_keep_their_order(tmp_path):
     config, order = smoke(), []
 
     def pay(rollout, params):
@@ -168,34 +169,36 @@ def test_the_host_pays_for_a_chunk_while_the_next_is_sampled_and_the_rows_keep_t
 
     pay.on_host = True
 
-    def rollout_of(chunks):
-        """In chunks the reward comes with it."""
-        spec = replace(config.rollouts, reward=pay, chunks=chunks)
-        phases = loop.prepared(replace(config, rollouts=spec), jax.devices()[:1])
+    def made(chunks):
+        spec = replace(config.rollouts, reward=pay, chunks=chunks, value=None)
+        one = replace(config, rollouts=spec)
+        phases, out = loop.prepared(one, jax.devices()[:1]), tmp_path / str(chunks)
 
-        def sample(*args):
-            order.append("sample")
-            return phases.generate(*args)
+        def noted(name):
+            return lambda *args: (order.append(name), getattr(phases, name)(*args))[1]
 
-        tokenizer = tokenizers.load("bytes")
-        run = SimpleNamespace(config=replace(config, rollouts=spec), tokenizer=tokenizer,
-                              phases=replace(phases, generate=sample))  # fmt: skip
-        with jax.set_mesh(phases.mesh):
-            prompts = experience.next_batch(run, spec.prompts, feed.opened(config, spec.prompts))
-            params = {"policy": phases.init(0).learners["policy"].params}
-            rollout, reward = experience.paid(run, params, prompts, jax.random.key(0))
-            if reward is None:
-                reward = experience.checked_reward(run, rollout, params)
-        return jax.device_get((rollout, reward))
+        spied = replace(phases, generate=noted("generate"), score=noted("score"))
+        out.mkdir()
+        with jax.set_mesh(phases.mesh), Meter(out, name="chunks", start=0, total=1) as meter:
+            state, frozen = begin(one, phases, {})
+            streams, tokenizer = feed.opened_all(one), tokenizers.load("bytes")
+            run = experience.Run(one, spied, frozen, streams, {}, tokenizer, meter, out)
+            found, _, metrics = experience.make_experience(run, state, 0)
+            meter.write(0, metrics)
+        return jax.device_get(found), log(out)[0]
 
-    whole = rollout_of(1)
+    whole, logged = made(1)
+    assert order == ["generate", "pay", "score"]
     order.clear()
-    found = rollout_of(4)
-    assert order == ["sample", *["sample", "pay"] * 3, "pay"]
-    assert len(set(whole[1].sum(1))) > 4
-    for name in ("tokens", "mask", "prompt_id", "sample_id"):
-        np.testing.assert_array_equal(getattr(found[0], name), getattr(whole[0], name))
-    np.testing.assert_array_equal(found[1], whole[1])
+    found, in_chunks = made(4)
+    assert order == ["generate"] * 4 + ["pay", "score"] * 4
+    assert len(set(whole.reward.sum(1))) > 4
+    for name in ("tokens", "mask", "prompt_id", "sample_id", "segments", "group_tokens"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    for name in ("reward", "advantage", "old_logp", "ref_logp"):
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name), atol=1e-4)
+    for name in ("rollout/reward", "rollout/kl", "rollout/length"):
+        assert in_chunks[name] == pytest.approx(logged[name], abs=1e-4)
 
 
 def test_sampling_ahead_is_one_step_behind_in_weights_and_resumes_bit_for_bit(tmp_path):

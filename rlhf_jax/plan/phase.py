@@ -106,7 +106,7 @@ def _memory(program: Program, run: Run, found: Any, mesh: Any) -> dict[str, int]
     trees = sum(held(run).values())
     inside = {id(x) for x in jax.tree.leaves((program.arguments, program.keywords))}
     idle = [run.state, run.frozen]
-    if not program.name.startswith(("copy", "rollout", "reward", "score")):
+    if not program.name.startswith(("copy", "rollout", "reward", "score", "collect")):
         idle.append({k: v for k, v in run.batches.items() if k not in ("rollout", "reward")})
     elsewhere = device_bytes([x for x in jax.tree.leaves(idle) if id(x) not in inside])
     # An argument that a program does not read is alive all the same.
@@ -135,12 +135,13 @@ def _parts(config, program, jaxpr, row, target, mesh) -> dict[str, dict[str, flo
 
     def part(operations, read, messages):
         links = [one["seconds"] for one in messages]
+        operations, read = program.times * operations, program.times * read
         return {
             "flops": operations / mesh.size,
             "bytes": read,
             "compute": _seconds(operations / mesh.size, chip.flops),
             "memory": _seconds(read, chip.bandwidth),
-            "links": None if None in links else sum(links),
+            "links": None if None in links else program.times * sum(links),
         }
 
     once = sum(
@@ -157,16 +158,12 @@ def _parts(config, program, jaxpr, row, target, mesh) -> dict[str, dict[str, flo
             [one for one, inside in zip(row["collectives"], bounded, strict=True) if inside is x]
             for x in (False, True)
         ]
-        chunks = config.rollouts.chunks
         rows, prompt = program.arguments[1].tokens.shape
-        cache = cache_bytes(config, mesh.shape, (chunks * rows, prompt + config.rollouts.length))
-        made = {
+        text = program.times * rows, prompt + config.rollouts.length
+        cache = cache_bytes(config, mesh.shape, text)
+        return {
             "prefill": part(least, once, sides[0]),
             "decode": part(most - least, decoded * (once + cache), sides[1]),
-        }
-        return {
-            name: {k: None if x is None else chunks * x for k, x in one.items()}
-            for name, one in made.items()
         }
     read = program.steps * once + 2 * program.updates * device_bytes(program.arguments[:1])
     if not program.models:
@@ -204,8 +201,7 @@ def useful_flops(config: Config, program: Program) -> float | None:
         tokens += config.rollouts.length
     count = partial(flops.forward, rows=math.prod(ahead), tokens=tokens, read=read)
     if learner is None:
-        times = config.rollouts.chunks if program.name == "rollout" else 1
-        return times * sum(map(count, models.values()))
+        return program.times * sum(map(count, models.values()))
     others = sum(count(models[name]) for name in learner.scores)
     return learner.epochs * (3 * count(learner.model) + others)  # backward costs two forward
 

@@ -31,6 +31,7 @@ class Program:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, int] = field(default_factory=dict)  # how often a step reads all weights
     steps: int = 1  # micro-batches one after another
+    times: int = 1  # that an iteration calls it
     updates: int = 0  # optimiser steps
 
 
@@ -68,19 +69,23 @@ def programs(config: Config, phases: Phases, host: Mapping[str, Any]) -> Run:
             context = ()
             if spec.environment is not None:
                 context = ({name: own[name] for name in spec.environment.context},)
-            given = (own[spec.policy], prompts, key, spec.sampling, *context)
-            found.append(Program("rollout", phases.generate, given, models={spec.policy: 1}))
+            given, times = (own[spec.policy], prompts, key, spec.sampling, *context), spec.chunks
+            reads = {"models": {spec.policy: 1}, "times": times}
+            found.append(Program("rollout", phases.generate, given, **reads))
             rollout = _rows(jax.eval_shape(phases.generate, *given), phases)
+            given = (rollout, weights)
             if not getattr(spec.reward, "on_host", False):
-                found.append(Program("reward", phases.reward, (rollout, weights)))
+                found.append(Program("reward", phases.reward, given, times=times))
             else:
                 left_out.append("the reward, which the host computes")
-            rollout = jax.tree.map(lambda x: _first(x, 1 / spec.chunks), rollout)
-            reward = _rows(jax.ShapeDtypeStruct(rollout.tokens.shape, jnp.float32), phases)
             scorers = {spec.policy if spec.rescore else None, spec.reference, spec.value} - {None}
-            given = (rollout, reward, weights, state.control)
             reads = {"models": dict.fromkeys(scorers, 1), "steps": spec.microbatches}
-            found.append(Program("score", phases.collect, given, **reads))
+            found.append(Program("score", phases.score, given, **reads, times=times))
+            said = _rows(jax.eval_shape(phases.score, *given), phases)
+            rollout, said = jax.tree.map(lambda x: _first(x, 1 / times), (rollout, said))
+            reward = _rows(jax.ShapeDtypeStruct(rollout.tokens.shape, jnp.float32), phases)
+            given = (rollout, reward, said, state.control)
+            found.append(Program("collect", phases.collect, given))
             batches["rollout"], batches["reward"] = rollout, reward
             batches["experience"] = _rows(jax.eval_shape(phases.collect, *given)[0], phases)
         for name, one in config.derived.items():

@@ -15,14 +15,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from rlhf_jax import sharding
+from rlhf_jax import lanes, sharding
 from rlhf_jax.config import Config, ConfigError
 from rlhf_jax.plan.advice import advice
 from rlhf_jax.plan.chips import Target
 from rlhf_jax.plan.phase import LARGEST, cache_bytes, held, measured
 from rlhf_jax.plan.programs import Run, device_bytes, host_batches, programs, sizes
-from rlhf_jax.train import prepared
+from rlhf_jax.train import prepared, turns
 
 COMPILERS = 4  # programs compiled at a time, at most; each needs a few GB of the host
 STAYS = "between phases"
@@ -65,6 +66,7 @@ def plan(
         say(f"compiling {names}; of a large model each can take minutes")
         with ThreadPoolExecutor(min(compilers, os.cpu_count() or 1)) as pool:  # XLA lets others run
             found = list(pool.map(one, run.programs))
+        _beside_each_other(config, run, found, phases.mesh)
     result = {
         "experiment": config.name,
         "topology": target.name,
@@ -81,6 +83,22 @@ def plan(
     }
     result |= _verdict(config, result, size)
     return result | {"advice": advice(config, result)}
+
+
+def _beside_each_other(config: Config, run: Run, found: Sequence[Mapping], mesh: Mesh) -> None:
+    """Where programs run at once, what the others have meanwhile is elsewhere, too."""
+    rows = {row["name"]: row["memory"] for row in found if "memory" in row}
+    own = {name: row["peak"] - row["arguments"] for name, row in rows.items()}
+    more = {
+        x.name: (min(x.times, lanes.count(mesh)) - 1) * own.get(x.name, 0) for x in run.programs
+    }
+    learnt = [f"update/{name}" for name in config.learners if f"update/{name}" in rows]
+    for turn in turns(config, [name.removeprefix("update/") for name in learnt], mesh):
+        together = sum(own[f"update/{name}"] for name in turn)
+        more |= {f"update/{name}": together - own[f"update/{name}"] for name in turn}
+    for name, row in rows.items():
+        row["elsewhere"] += more[name]
+        row["total"] += more[name]
 
 
 def _verdict(

@@ -207,8 +207,9 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
             spec=spec,
         )
         reward = spec.reward(rollout, params)
+        said = step.opinions(rollout, params, spec=spec, models=config.models)
         batches["experience"], control, found = step.collect(
-            rollout, reward, params, state.control, spec=spec, models=config.models
+            rollout, reward, said, state.control, spec=spec
         )
         state = state.replace(control=control)
         metrics |= found | {"rollout/stray": jnp.where(rollout.mask, 0.0, jnp.abs(reward)).max()}
