@@ -99,7 +99,7 @@ class Rollouts:
     environment: Environment | None = None  # makes the prompts, and answers what the policy says
     samples: int = 1  # per prompt
     ahead: bool = False  # sample the next step's before this step's update: one step off-policy
-    chunks: int = 1  # of the prompts: while one is sampled the host pays for the one before
+    chunks: int = 1  # of the prompts: others are sampled while the host pays for one; see lanes.py
     slots: int | None = None  # texts written at a time: when one ends, the next begins; None: all
     windows: int = 1  # compiled sizes of the cache, which grows with the texts; without slots
     sampling: Sampling = Sampling()
@@ -111,7 +111,7 @@ class Rollouts:
     normalise: int = 0  # reference samples whose mean and variance become 0 and 1; 0: off
     advantage: Callable = partial(whitened, advantage=partial(gae, trace=0.95))
     rescore: bool = True  # the trainer's log-probabilities are the old ones; False: the sampler's
-    microbatches: int = 1  # parts of the rollout that are scored one after another
+    microbatches: int = 1  # parts of a chunk that are scored one after another
     widths: tuple[int, ...] = ()  # besides the longest: micro-batches are no wider than they need
     show: int = 8  # samples written on fixed prompts at the start, every so often, and at the end
     show_every: int = 50

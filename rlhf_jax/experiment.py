@@ -76,9 +76,7 @@ def _module(file: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # The module itself can be found by name, which lets worker processes unpickle the functions
     # that it defines.
-    for folder in (path.parent.parent, path.parent):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    _look_first_in(path.parent, path.parent.parent)
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
@@ -87,6 +85,19 @@ def _module(file: str | Path) -> ModuleType:
     if not callable(getattr(module, "config", None)):
         raise ConfigError(f"{file} defines no function config() that returns a Config")
     return module
+
+
+_FOLDERS: set[Path] = set()  # where experiments that were loaded import from
+
+
+def _look_first_in(*folders: Path) -> None:
+    """Imports find files of these folders, also where another experiment's have the same names."""
+    for name, known in list(sys.modules.items()):
+        where = Path(getattr(known, "__file__", None) or "/").parent
+        if where in _FOLDERS - {*folders} and any((f / f"{name}.py").exists() for f in folders):
+            del sys.modules[name]
+    sys.path[:] = [*map(str, folders), *(x for x in sys.path if Path(x) not in folders)]
+    _FOLDERS.update(folders)
 
 
 def _called(file: str | Path, module: ModuleType, *arguments: Any, **named: Any) -> Any:

@@ -34,10 +34,7 @@ def experiment_files():
 
 
 @pytest.mark.parametrize("file", experiment_files(), ids=lambda p: str(p.relative_to(EXPERIMENTS)))
-def test_every_experiment_loads_and_its_batches_divide(file, monkeypatch):
-    # As in a process of its own: models and sentiment have a ppo.py each, found by its name.
-    monkeypatch.delitem(sys.modules, "ppo", raising=False)
-    monkeypatch.syspath_prepend(file.parent)
+def test_every_experiment_loads_and_its_batches_divide(file):
     value = load(file)
     runs = [value] if isinstance(value, Config) else value.stages.values()
     for one in runs:

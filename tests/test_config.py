@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -365,6 +366,22 @@ def test_a_file_gives_its_config_and_may_import_the_file_beside_it(tmp_path):
                     "other_experiment.py")  # fmt: skip
     assert load(other) == Config("x", 7, {}, {})
     assert load(str(other)).name == "x"
+
+
+def test_a_file_imports_what_lies_beside_it_whatever_another_folder_calls_the_same(tmp_path):
+    text = "from dataclasses import replace\nimport base_experiment\n"
+    text += "def config(): return replace(base_experiment.config(), steps=7)\n"
+    files = {}
+    for i, name in enumerate(("first", "second", "third")):
+        folder = tmp_path / name
+        (folder / "own").mkdir(parents=True)
+        written(folder, GOOD.replace("'x'", repr(name)), "base_experiment.py")
+        place = folder if i < 2 else folder / "own"  # one folder up counts, too
+        files[name] = written(place, text, "other_experiment.py")
+    for name in ("first", "second", "first", "third", "second"):
+        assert load(files[name]).name == name
+    written(tmp_path / "first", "raise RuntimeError", "json.py")  # of the standard library, loaded
+    assert load(files["first"]).name == "first" and sys.modules["json"] is json
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Programs at once on one CPU: who may, that they do, and that nothing else changes."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rlhf_jax import lanes, sharding
 from rlhf_jax.config import Derived
 from rlhf_jax.experiment import load
 from rlhf_jax.objectives import value
-from rlhf_jax.train import turns
+from rlhf_jax.train import train, turns
 
 SMOKE = Path(__file__).parent.parent / "experiments" / "smoke.py"
 
@@ -62,6 +63,23 @@ def test_a_short_program_does_not_wait_for_a_long_one_of_another_lane(one, two):
     behind = lanes.start(one, 2, long, start)  # lane 0 again
     jax.block_until_ready(behind)
     assert first.is_ready()
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_run_learns_the_same_bits_whether_its_programs_run_at_once(tmp_path, monkeypatch):
+    config = replace(load(SMOKE), steps=2, mesh=(1, 1, 1, 1))
+    config = replace(config, rollouts=replace(config.rollouts, chunks=2, show=0))
+    found = []
+    for many in (1, 2):
+        monkeypatch.setattr(lanes, "count", lambda mesh, many=many: many)
+        out = tmp_path / str(many)
+        state = train(config, out, devices=jax.devices()[:1])
+        found.append([np.asarray(x).tobytes() for x in jax.tree.leaves(state)])
+        log = (out / "metrics.jsonl").read_text().splitlines()
+        learnt = {name for name in json.loads(log[1]) if name.startswith("time/update/")}
+        together = {"time/update/policy+critic"}
+        assert learnt == (together if many == 2 else {"time/update/policy", "time/update/critic"})
+    assert found[0] == found[1]
 
 
 def test_learners_take_one_turn_unless_one_reads_what_another_learns(one, two, monkeypatch):

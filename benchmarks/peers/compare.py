@@ -165,8 +165,6 @@ def main() -> None:
     parser.add_argument("--mean", type=float, help="mean length of a response; default: all full")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="iterations that count; default: 5")
-    parser.add_argument("--devices", type=int, default=1, metavar="N",
-                        help="host devices that share our rows; default: 1")  # fmt: skip
     parser.add_argument("--peers", default="trl,tunix,hf",
                         help=f"of {', '.join(PEERS)}; default: trl,tunix,hf")  # fmt: skip
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A=VALUE",
@@ -181,17 +179,16 @@ def main() -> None:
         venv = PEERS[name][0]
         if not (options.venvs / venv / "bin/python").exists():
             parser.error(f"no {options.venvs / venv}: benchmarks/peers/setup.sh {venv} makes it")
-    for name in ("repeats", "devices"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
     mean = [] if options.mean is None else [f"mean={options.mean}"]
-    given = [f"size={options.size}", f"epochs={options.epochs}", *mean, *options.settings]
+    best = ["chunks=2"]  # two halves of the rows at once
+    given = [f"size={options.size}", f"epochs={options.epochs}", *best, *mean, *options.settings]
     ours = [sys.executable, str(HERE / "ours.py"), *(x for s in given for x in ("--set", s))]
     with tempfile.TemporaryDirectory() as where:
         subprocess.run([*ours, "--export", where], check=True)
         work = json.loads((Path(where) / "work.json").read_text())
-        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={options.devices}"
-        commands = {OURS: ["env", flag, *ours] if options.devices > 1 else ours}
+        commands = {OURS: ours}
         for name in peers:
             venv, program, *more = PEERS[name]
             python = options.venvs / venv / "bin/python"
