@@ -146,8 +146,9 @@ def by_phase(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[s
     """Medians, with operations and bytes where the models' shapes say them."""
     spec, models, rows = config.rollouts, config.models, rollout_rows(config)
     table = {}
-    for key in ("seconds", *(k for k in found[0] if k.startswith("time/"))):
-        times = [x[key] for x in found]
+    names = dict.fromkeys(key for one in found for key in one if key.startswith("time/"))
+    for key in ("seconds", *names):  # not all learners learn in every step
+        times = [x[key] for x in found if key in x]
         row = {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
         table["iteration" if key == "seconds" else key.removeprefix("time/")] = row
     said = statistics.median(x["rollout/length"] for x in found)
@@ -167,22 +168,25 @@ def by_phase(config: Config, found: Sequence[Mapping], limit: Mapping) -> dict[s
         "rollout": (operations([spec.policy]), said * sum(map(each, known([spec.policy]))), said),
         "score": (
             operations(scored),
-            spec.microbatches * sum(map(flops.weight_bytes, known(scored))),
+            spec.chunks * spec.microbatches * sum(map(flops.weight_bytes, known(scored))),
             text,
         ),
     }
+    own = {}
     for name, learner in config.learners.items():
         if learner.batch == "experience":
             updates = learner.epochs * learner.minibatches
             moved = partial(flops.update_bytes, passes=learner.microbatches)
-            one = (
+            own[name] = (
                 3 * learner.epochs * operations([name]),  # backward costs twice what forward does
                 updates * sum(map(moved, known([name]))),
                 learner.epochs * text,
             )
-            turn = next(key for key in table if name in key.removeprefix("update/").split("+"))
-            work[turn] = tuple(map(sum, zip(one, work.get(turn, (0, 0, 0)), strict=True)))
-    count, size, _ = map(sum, zip(*work.values(), strict=True))
+    count, size, _ = map(sum, zip(*work.values(), *own.values(), strict=True))
+    for key in table:  # of learners that were updated at once, all
+        turn = key.removeprefix("update/").split("+")
+        if key.startswith("update/") and own.keys() >= set(turn):
+            work[key] = tuple(map(sum, zip(*(own[name] for name in turn), strict=True)))
     work["iteration"] = count, size, said
     for name, (count, size, tokens) in work.items():
         row = table[name]

@@ -164,6 +164,11 @@ def _check_calls(value, path):
 
 
 def _check_rollouts(config, spec, exists):
+    if spec.ahead and spec.chunks > 1:
+        raise ConfigError(
+            f"rollouts.ahead=True samples the next step's prompts at once; rollouts.chunks="
+            f"{spec.chunks} would cut this step's: set one of the two"
+        )
     exists(spec.prompts, set(config.data), "rollouts.prompts")
     exists(spec.policy, set(config.models), "rollouts.policy")  # frozen: a teacher's samples
     if spec.value is not None and spec.value not in config.models:

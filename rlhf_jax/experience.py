@@ -5,6 +5,7 @@ The parts of one step of the loop that an objective of samples needs; `train` pu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,37 +56,49 @@ def make_experience(run: Run, state: TrainState, step: int):
             if rollout is None:
                 rollout = sampled(run, copies, *prompts_and_key(step))
             following = sampled(run, copies, *prompts_and_key(step + 1))
-            rollouts, state = [rollout], state.replace(pending=following)
+            rollouts, state = iter([rollout]), state.replace(pending=following)
         else:
             rollouts = in_chunks(run, copies, *prompts_and_key(step))
         del copies  # as large as the weights: not there while they are scored
-    # All are on their way: while the host pays for one, others are sampled and scored.
     found = []
-    for i, rollout in enumerate(rollouts):
-        with run.meter.phase("rollout") as count:
-            # Copied, not added up on the device: that would wait for what is on its way.
-            here = rollout.mask.is_fully_addressable
-            count(int((np.asarray(rollout.mask) if here else rollout.mask).sum()))
+    while True:  # while the host pays for one, others are sampled
+        with run.meter.phase("rollout"):
+            rollout = jax.block_until_ready(next(rollouts, None))
+        if rollout is None:
+            break
         with run.meter.phase("reward"):
-            reward = checked_reward(run, rollout, params)
-        with run.meter.phase("score", tokens=rollout.tokens.size):
-            scores = lanes.start(phases.mesh, i, phases.score, rollout, params)
-            found.append((rollout, reward, scores))
-    with run.meter.phase("score"):
+            found.append((rollout, checked_reward(run, rollout, params)))
+    with run.meter.phase("rollout") as count:
+        # Copied, not added up on the device: that would wait for what is on its way.
+        masks = [rollout.mask for rollout, _ in found]
+        count(sum(int((np.asarray(x) if x.is_fully_addressable else x).sum()) for x in masks))
+    with run.meter.phase("score", tokens=sum(rollout.tokens.size for rollout, _ in found)):
+        found = [
+            (*paid, lanes.start(phases.mesh, i, phases.score, paid[0], params))
+            for i, paid in enumerate(found)
+        ]
         whole = phases.join(found) if len(found) > 1 else found[0]
         experience, control, metrics = phases.collect(*whole, state.control)
         jax.block_until_ready(experience)
     return experience, state.replace(control=control), metrics | more
 
 
-def in_chunks(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> list[Rollout]:
-    """Rollouts of the chunks of the prompts, all on their way."""
+def in_chunks(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Iterator[Rollout]:
+    """Rollouts of the chunks of the prompts; behind each, as many as run at once are on their way.
+
+    No more: what processes agree on about a reward waits behind all that was started.
+    """
     n, mesh = run.config.rollouts.chunks, run.phases.mesh
     if n == 1:
-        return [sampled(run, params, prompts, key)]
-    cut = run.phases.cut(prompts)
-    chunks = [jax.tree.map(lambda x, i=i: x[i], cut) for i in range(n)]
-    return [lanes.start(mesh, i, sampled, run, params, x, key) for i, x in enumerate(chunks)]
+        yield sampled(run, params, prompts, key)
+        return
+    cut, coming = run.phases.cut(prompts), deque()
+    for i in range(n):
+        chunk = jax.tree.map(lambda x, i=i: x[i], cut)
+        coming.append(lanes.start(mesh, i, sampled, run, params, chunk, key))
+        if len(coming) > lanes.count(mesh):
+            yield coming.popleft()
+    yield from coming
 
 
 def sampled(run: Run, params: Mapping[str, Params], prompts: Prompts, key) -> Rollout:

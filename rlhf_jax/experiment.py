@@ -94,8 +94,10 @@ def _look_first_in(*folders: Path) -> None:
     """Imports find files of these folders, also where another experiment's have the same names."""
     for name, known in list(sys.modules.items()):
         where = Path(getattr(known, "__file__", None) or "/").parent
-        if where in _FOLDERS - {*folders} and any((f / f"{name}.py").exists() for f in folders):
-            del sys.modules[name]
+        if where in _FOLDERS:
+            mine = [folder for folder in folders if (folder / f"{name}.py").exists()]
+            if mine and mine[0] != where:
+                del sys.modules[name]
     sys.path[:] = [*map(str, folders), *(x for x in sys.path if Path(x) not in folders)]
     _FOLDERS.update(folders)
 

@@ -56,6 +56,28 @@ def test_scoring_again_counts_the_policy_and_every_micro_batch_its_weights():
     assert found["flops"] == 2 * operations + flops.forward(critic, rows=8, tokens=96, read=64)
 
 
+def test_learners_that_were_updated_at_once_are_one_phase():
+    config = load(PPO, ["rows=8", "chunks=2", "microbatches=4"])
+    alone = bench.by_phase(config, times(), LIMIT)
+    found = [
+        {k: x for k, x in one.items() if not k.startswith("time/update")} | {name: one["seconds"]}
+        for one, name in zip(
+            times(),
+            ("time/update/policy+critic", "time/update/policy+critic", "time/update/sft+policy"),
+            strict=True,
+        )
+    ]
+    both = bench.by_phase(config, found, LIMIT)
+    at_once = both["update/policy+critic"]
+    assert at_once["seconds"] == 1.5
+    for key in ("flops", "bytes", "tokens"):
+        assert at_once[key] == alone["update/policy"][key] + alone["update/critic"][key]
+        assert both["iteration"][key] == alone["iteration"][key]
+    assert "flops" not in both["update/sft+policy"]  # nobody knows what sft reads
+    reads = sum(flops.weight_bytes(config.models[name]) for name in ("reference", "critic"))
+    assert both["score"]["bytes"] == 2 * 4 * reads  # of each chunk's micro-batches
+
+
 def test_what_cannot_be_measured_is_refused_before_anything_is_compiled():
     config = load(PPO, ["rows=8"])
     for wrong, says in ((replace(config, rollouts=None), "rollouts"), (config, "at least 1")):

@@ -242,6 +242,7 @@ def with_rollouts(**fields):
         ), "rollouts.rescore=False leaves no logits for an exact KL"),
         (with_rollouts(chunks=8), "rollouts.chunks: 32 rows do not divide into 8 chunks × 2 "
          "samples × 8 devices; use a multiple of 128"),
+        (with_rollouts(chunks=2, ahead=True), "rollouts.ahead=True samples the next step's"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),
@@ -378,7 +379,11 @@ def test_a_file_imports_what_lies_beside_it_whatever_another_folder_calls_the_sa
         written(folder, GOOD.replace("'x'", repr(name)), "base_experiment.py")
         place = folder if i < 2 else folder / "own"  # one folder up counts, too
         files[name] = written(place, text, "other_experiment.py")
-    for name in ("first", "second", "first", "third", "second"):
+    assert [load(file).name for file in files.values()] == list(files)
+    # The same name in a folder and in the one above it, for a file of each.
+    written(tmp_path / "third" / "own", GOOD.replace("'x'", "'own'"), "base_experiment.py")
+    files["own"], files["third"] = files["third"], written(tmp_path / "third", text, "third.py")
+    for name in ("first", "second", "first", "own", "third", "own", "second"):
         assert load(files[name]).name == name
     written(tmp_path / "first", "raise RuntimeError", "json.py")  # of the standard library, loaded
     assert load(files["first"]).name == "first" and sys.modules["json"] is json

@@ -142,8 +142,9 @@ def test_programs_that_run_at_once_on_one_cpu_need_their_memory_at_once(
     alone, beside = memory(1), memory(2)
     new = {name: x["peak"] - x["arguments"] for name, x in alone.items()}
     more = {name: beside[name]["total"] - x["total"] for name, x in alone.items()}
-    for name in ("rollout", "reward", "score"):
+    for name in ("rollout", "score"):
         assert more[name] == new[name] > 0
+    assert more["reward"] == 2 * new["rollout"]  # paid for one while two are sampled
     assert more["update/policy"] == new["update/critic"] > new["update/policy"]
     assert more["update/critic"] == new["update/policy"]
     assert more["collect"] == 0
@@ -327,6 +328,11 @@ def test_advice_names_the_amounts(config):
     assert said["update/policy", "--set learners.policy.model.remat=full"] == 9
     assert said["update/policy", "--set learners.policy.microbatches=2"] == 6
     assert said["rollout", "--set rollouts.slots=8"] == 4
+    large = {**found, "phases": [{"name": "score", "memory": {**memory, "total": 17.0}}]}
+    for chunks, half in ((1, True), (16, False)):  # a chunk of one row has no half
+        cut = replace(config, rollouts=replace(config.rollouts, chunks=chunks))
+        changes = [one["change"] for one in advice(cut, large)]
+        assert any("rollouts.microbatches=2" in change for change in changes) is half
     assert not any(phase == "score" for phase, _ in said)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import toy_sft
 
-from rlhf_jax import experience, feed, objectives, runs
+from rlhf_jax import experience, feed, lanes, objectives, runs
 from rlhf_jax import train as loop
 from rlhf_jax.checkpoint import Checkpoints, restore_params
 from rlhf_jax.config import Checkpointing, Config, ConfigError, From, Learner, Pipeline
@@ -158,8 +158,11 @@ def test_a_bad_reward_stops_the_run_and_is_shown(reward, says, tmp_path):
         train(replace(config, rollouts=rollouts), tmp_path)
 
 
-def test_chunks_are_all_on_their_way_before_the_host_pays_and_rows_keep_their_order(tmp_path):
+def test_the_host_pays_for_a_chunk_while_the_next_are_sampled_and_rows_keep_their_order(
+    tmp_path, monkeypatch
+):
     config, order = smoke(), []
+    monkeypatch.setattr(lanes, "count", lambda mesh: 2)
 
     def pay(rollout, params):
         order.append("pay")
@@ -191,7 +194,7 @@ def test_chunks_are_all_on_their_way_before_the_host_pays_and_rows_keep_their_or
     assert order == ["generate", "pay", "score"]
     order.clear()
     found, in_chunks = made(4)
-    assert order == ["generate"] * 4 + ["pay", "score"] * 4
+    assert order == ["generate"] * 3 + ["pay", "generate", *["pay"] * 3] + ["score"] * 4
     assert len(set(whole.reward.sum(1))) > 4
     for name in ("tokens", "mask", "prompt_id", "sample_id", "segments", "group_tokens"):
         np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))

@@ -68,8 +68,9 @@ def _changes(config: Config, found, phase: str, active: float) -> Iterator[tuple
     elif phase == "reward":
         yield from _in_chunks(config, mesh, active)
     elif phase == "score":
-        more = 2 * config.rollouts.microbatches
-        yield f"--set rollouts.microbatches={more}: half of the rows at a time", active / 2
+        spec, rows, more = config.rollouts, rollout_rows(config), 2 * config.rollouts.microbatches
+        if rows is None or rows // spec.chunks % more == 0:
+            yield f"--set rollouts.microbatches={more}: half of the rows at a time", active / 2
 
 
 def _wider(config: Config, mesh: Mapping[str, int]) -> str | None:

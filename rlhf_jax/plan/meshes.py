@@ -141,7 +141,7 @@ def estimate(
         compute += count(policy) + sum(count(models[name]) for name in scorers)
         received += weights(policy) + summed(policy, rows * text / groups)
         for name in scorers:
-            received += spec.microbatches * weights(models[name])
+            received += spec.chunks * spec.microbatches * weights(models[name])
             received += summed(models[name], rows * text / groups)
     for learner in config.learners.values():
         if learner.batch not in size:

@@ -66,7 +66,9 @@ def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> 
     text = compiled.parse(made.as_text())
     messages = collectives.collectives(text, mesh, at_most=_loops(config, program))
     row["collectives"] = [
-        asdict(one) | {"seconds": _seconds(one.moved, target.speed(mesh, one.axes))}
+        asdict(one)
+        | {key: program.times * getattr(one, key) for key in ("count", "bytes", "moved")}
+        | {"seconds": _seconds(program.times * one.moved, target.speed(mesh, one.axes))}
         for one in messages
     ]
     row["arrays"] = collectives.largest(text, LARGEST)
@@ -141,7 +143,7 @@ def _parts(config, program, jaxpr, row, target, mesh) -> dict[str, dict[str, flo
             "bytes": read,
             "compute": _seconds(operations / mesh.size, chip.flops),
             "memory": _seconds(read, chip.bandwidth),
-            "links": None if None in links else program.times * sum(links),
+            "links": None if None in links else sum(links),
         }
 
     once = sum(

@@ -25,7 +25,7 @@ from rlhf_jax.types import TrainState
 class Program:
     """One phase, and what it is called with."""
 
-    name: str  # as the loop's meter has it: rollout, reward, score, update/policy
+    name: str  # of the loop's phase: rollout, reward, score, update/policy
     fn: Callable  # jitted
     arguments: tuple
     keywords: Mapping[str, Any] = field(default_factory=dict)

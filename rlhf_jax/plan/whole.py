@@ -89,13 +89,19 @@ def _beside_each_other(config: Config, run: Run, found: Sequence[Mapping], mesh:
     """Where programs run at once, what the others have meanwhile is elsewhere, too."""
     rows = {row["name"]: row["memory"] for row in found if "memory" in row}
     own = {name: row["peak"] - row["arguments"] for name, row in rows.items()}
-    more = {
-        x.name: (min(x.times, lanes.count(mesh)) - 1) * own.get(x.name, 0) for x in run.programs
-    }
-    learnt = [f"update/{name}" for name in config.learners if f"update/{name}" in rows]
-    for turn in turns(config, [name.removeprefix("update/") for name in learnt], mesh):
+    if (many := lanes.count(mesh)) == 1:
+        return
+    times = {program.name: program.times for program in run.programs}
+    more = {name: (min(times[name], many) - 1) * size for name, size in own.items()}
+    if "reward" in rows:  # paid for one by one, while the next chunks are sampled
+        more["reward"] = min(times["reward"] - 1, many) * own.get("rollout", 0)
+    if config.rollouts is not None and config.rollouts.ahead:  # it may last as long as the step
+        more = {name: size + own.get("rollout", 0) for name, size in more.items()}
+    learnt = [name for name in config.learners if f"update/{name}" in rows]
+    for turn in turns(config, learnt, mesh):
         together = sum(own[f"update/{name}"] for name in turn)
-        more |= {f"update/{name}": together - own[f"update/{name}"] for name in turn}
+        for name in turn:
+            more[f"update/{name}"] += together - own[f"update/{name}"]
     for name, row in rows.items():
         row["elsewhere"] += more[name]
         row["total"] += more[name]
