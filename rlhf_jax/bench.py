@@ -112,10 +112,9 @@ def peak_bytes() -> int:
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:
     """The result as a table."""
     table = Table(title=f"{found['experiment']} on {found['device']}")
-    head = ("phase", "seconds", "least", "most", "tokens/s", "of FLOP/s", "of bytes/s")
-    for name in head:
-        left = {"justify": "left", "overflow": "fold"}
-        table.add_column(name, **(left if name == "phase" else {"justify": "right"}))
+    table.add_column("phase", overflow="fold")
+    for name in ("seconds", "least", "most", "tokens/s", "of FLOP/s", "of bytes/s"):
+        table.add_column(name, justify="right")
     for name, row in found["phases"].items():
         cells = [f"{row[key]:.3f}" for key in ("seconds", "least", "most")]
         cells.append(f"{row['tokens'] / row['seconds']:,.0f}" if "tokens" in row else "")

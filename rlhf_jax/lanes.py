@@ -21,7 +21,9 @@ def count(mesh: Mesh) -> int:
     """Programs that run at once: as many as this process has cores where one CPU is the mesh."""
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def start(mesh: Mesh, lane: int, program: Callable, *args: Any) -> Any:

@@ -135,19 +135,41 @@ def test_programs_that_run_at_once_on_one_cpu_need_their_memory_at_once(
     )
     cpu = replace(target, devices=target.devices[:1])
 
-    def memory(lanes_of_it):
-        monkeypatch.setattr(lanes, "count", lambda mesh: lanes_of_it)
-        return {row["name"]: row["memory"] for row in plan(one, cpu)["phases"]}
+    def added(config):
+        """Bytes that each phase makes, and what two lanes add to its total."""
+        phases = []
+        for many in (1, 2):
+            monkeypatch.setattr(lanes, "count", lambda mesh, many=many: many)
+            phases.append({row["name"]: row["memory"] for row in plan(config, cpu)["phases"]})
+        alone, beside = phases
+        new = {name: x["peak"] - x["arguments"] for name, x in alone.items()}
+        return new, {name: beside[name]["total"] - x["total"] for name, x in alone.items()}
 
-    alone, beside = memory(1), memory(2)
-    new = {name: x["peak"] - x["arguments"] for name, x in alone.items()}
-    more = {name: beside[name]["total"] - x["total"] for name, x in alone.items()}
+    new, more = added(one)
     for name in ("rollout", "score"):
         assert more[name] == new[name] > 0
     assert more["reward"] == 2 * new["rollout"]  # paid for one while two are sampled
     assert more["update/policy"] == new["update/critic"] > new["update/policy"]
     assert more["update/critic"] == new["update/policy"]
     assert more["collect"] == 0
+    # What is sampled ahead may last as long as the step.
+    new, more = added(replace(one, rollouts=replace(one.rollouts, chunks=1, ahead=True)))
+    assert more["rollout"] == 0 < more["reward"] == more["score"] == new["rollout"]
+    assert more["update/policy"] == new["update/critic"] + new["rollout"]
+
+
+def test_a_plan_counts_each_chunk(config, target, found, compiled_once):
+    """Half of the rows twice: the same operations, and twice the messages of all weights."""
+    halves = plan(replace(config, rollouts=replace(config.rollouts, chunks=2)), target)
+    whole, cut = ({row["name"]: row for row in one["phases"]} for one in (found, halves))
+    for name in ("rollout", "reward", "score", "update/policy"):
+        assert cut[name]["flops"] == pytest.approx(whole[name]["flops"])
+        assert cut[name]["useful_flops"] == whole[name]["useful_flops"]
+    gathered = [
+        sum(x["moved"] for x in one["score"]["collectives"] if tuple(x["axes"]) == ("fsdp",))
+        for one in (whole, cut)
+    ]
+    assert 0 < 1.9 * gathered[0] < gathered[1] < 2.1 * gathered[0]
 
 
 def test_a_plan_counts_every_phase_and_says_what_does_not_fit(found, capsys):

@@ -87,16 +87,17 @@ def plan(
 
 def _beside_each_other(config: Config, run: Run, found: Sequence[Mapping], mesh: Mesh) -> None:
     """Where programs run at once, what the others have meanwhile is elsewhere, too."""
-    rows = {row["name"]: row["memory"] for row in found if "memory" in row}
-    own = {name: row["peak"] - row["arguments"] for name, row in rows.items()}
     if (many := lanes.count(mesh)) == 1:
         return
+    rows = {row["name"]: row["memory"] for row in found if "memory" in row}
+    own = {name: row["peak"] - row["arguments"] for name, row in rows.items()}
     times = {program.name: program.times for program in run.programs}
     more = {name: (min(times[name], many) - 1) * size for name, size in own.items()}
     if "reward" in rows:  # paid for one by one, while the next chunks are sampled
         more["reward"] = min(times["reward"] - 1, many) * own.get("rollout", 0)
     if config.rollouts is not None and config.rollouts.ahead:  # it may last as long as the step
-        more = {name: size + own.get("rollout", 0) for name, size in more.items()}
+        for name in set(more) - {"rollout"}:
+            more[name] += own.get("rollout", 0)
     learnt = [name for name in config.learners if f"update/{name}" in rows]
     for turn in turns(config, learnt, mesh):
         together = sum(own[f"update/{name}"] for name in turn)
