@@ -67,8 +67,9 @@ def test_the_activations_of_a_row_are_divided(model):
         }
 
     whole, part = largest(alone), largest(divided)
-    assert min(whole.values()) >= 256  # so the pattern finds what is there
+    # So the pattern finds what is there: two heads share a key, a quarter of the queries at a time.
+    assert whole[model.width] >= 256 and whole[model.mlp] == 256 and whole[256] == 2 * 256 // 4
     for width, tokens in part.items():
-        assert tokens <= whole[width] // 4 + 1, width  # and the one that the shift brings
+        assert tokens <= (2 if width == 256 else 1) * 256 // 4 + 1, width  # the shift brings one
     memory = [made.memory_analysis().temp_size_in_bytes for made in (alone, divided)]
-    assert memory[1] < memory[0] / 3
+    assert memory[1] < memory[0] / 2  # alone has a quarter of its attention at a time

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from rlhf_jax.sharding import token_groups
+
+QUERY_PARTS, QUERIES = 4, 32  # whole texts are read in so many parts, of at least so many queries
+
 
 def dot_attention(
     query: Float[Array, "b t h k"],
@@ -38,8 +42,22 @@ def grouped_attention(
 ) -> Float[Array, "b t h k"]:
     """The same, the queries of one key head side by side, so that no key is repeated.
 
-    With `cap` logits are cap · tanh(logit / cap) (Gemma 2), which no fused kernel has.
+    With `cap` logits are cap · tanh(logit / cap) (Gemma 2), which no fused kernel has. Where t = s
+    nothing behind a query may be in its mask: a part of the queries reads no later keys.
     """
+    t = query.shape[1]
+    whole = t != key.shape[1] or token_groups() > 1
+    n = t if whole else max(QUERIES, -(-t // QUERY_PARTS))
+
+    def part(i):
+        rows = slice(i, i + n)
+        seen = slice(None) if whole else slice(i + n)
+        return _grouped(query[:, rows], key[:, seen], value[:, seen], mask[:, rows, seen], cap)
+
+    return jnp.concatenate([part(i) for i in range(0, t, n)], axis=1)
+
+
+def _grouped(query, key, value, mask, cap):
     (b, t, h, size), g = query.shape, key.shape[2]
     # [b, g, t · h/g, k]: the heads that share a key are rows of one product. Tokens go first: a
     # mesh that splits them splits the rows.
