@@ -11,11 +11,14 @@ import jax
 from rlhf_jax.models import weights
 
 HEADS = ("head/kernel", "value_head/kernel")
+MATRICES = ("/kernel", "/lora_a", "/lora_b")
+BEHIND_ATTENTION = ("out", "gate", "up", "down", "side_up", "side_down")
 
 
 def forward(model: Any, *, rows: float, tokens: float, read: float) -> float:
-    """Operations of a forward pass over `rows` texts of `tokens` tokens, logits for `read` of each.
+    """Operations of a forward pass over `rows` texts of `tokens` tokens, of which `read` are read.
 
+    For them alone are logits, and what follows attention in the last layer.
     2 per weight and token, and 4 · heads · head_dim per pair of a token and one that it attends to
     (Kaplan et al. 2020, table 1; causal, so about half of all pairs). Norms, rotations and the
     softmax are left out: they are bytes, not operations. A backward pass costs twice as much.
@@ -23,7 +26,8 @@ def forward(model: Any, *, rows: float, tokens: float, read: float) -> float:
     pairs = tokens * (tokens + 1) / 2
     attention = 4 * model.heads * model.size_of_head * model.layers * pairs
     head = 2 * model.width * model.vocab * read if model.lm_head else 0.0
-    return rows * (2 * matrices(model) * tokens + attention + head)
+    unread = behind_attention(model) * (tokens - read)
+    return rows * (2 * (matrices(model) * tokens - unread) + attention + head)
 
 
 def matrices(model: Any) -> int:
@@ -31,8 +35,15 @@ def matrices(model: Any) -> int:
     return sum(
         math.prod(x.shape)
         for name, x in shapes(model).items()
-        if name.endswith(("/kernel", "/lora_a", "/lora_b")) and not name.endswith(HEADS)
+        if name.endswith(MATRICES) and not name.endswith(HEADS)
     )
+
+
+def behind_attention(model: Any) -> float:
+    """Weights of a layer behind its attention, where no token needs another."""
+    names = {name: name.split("/") for name in shapes(model) if name.endswith(MATRICES)}
+    found = (shapes(model)[name] for name, path in names.items() if path[-2] in BEHIND_ATTENTION)
+    return sum(math.prod(x.shape) for x in found) / model.layers
 
 
 def weight_bytes(model: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,17 @@ from jaxtyping import Array, Int
 
 from rlhf_jax.sharding import row_groups, split_rows
 from rlhf_jax.types import Sequences
+
+
+class Lengths(NamedTuple):
+    """What is known of a batch's lengths before it is seen; what lies beyond is not computed."""
+
+    widths: Sequence[int] = ()  # of rows: each micro-batch takes the narrowest that holds it
+    most: int | None = None  # tokens of a row that can be in the mask; None: all
+    pieces: int | None = None  # in which they can stand; None: each alone
+
+
+UNKNOWN = Lengths()
 
 
 def parts(batch: Any, n: int, *, group: int = 1) -> Any:

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from rlhf_jax import environment, sharding, step
 from rlhf_jax.config import Config, Learner, Rollouts
 from rlhf_jax.models import weights
-from rlhf_jax.parts import parts, whole
+from rlhf_jax.parts import UNKNOWN, Lengths, parts, whole
 from rlhf_jax.rollout import generate
 from rlhf_jax.types import Control, LearnerState, Params, Prompts, Rollout, Sequences, TrainState
 
@@ -111,7 +111,7 @@ def build(config: Config, mesh: Mesh) -> Phases:
     for name, learner in config.learners.items():
         bound = {"learner": learner, "models": models}
         updates[name] = jax.jit(
-            partial(step.update, **bound, **lengths(learner, spec)),
+            partial(step.update, **bound, lengths=lengths(learner, spec)),
             donate_argnums=0,
             out_shardings=(places.learners[name], same),
         )
@@ -187,12 +187,13 @@ def _layer_by_layer(params: Params, *, change: Callable, places: Any) -> Params:
     return {**small, "layers": jax.lax.map(lambda x: collect(x, layer), small["layers"])}
 
 
-def lengths(learner: Learner, spec: Rollouts | None) -> dict[str, Any]:
+def lengths(learner: Learner, spec: Rollouts | None) -> Lengths:
     """What `step.update` may know of the lengths in what a learner learns from."""
     if spec is None or learner.batch != "experience":
-        return {}
+        return UNKNOWN
+    known = step.rollout_lengths(spec)
     # A transform may put any tokens into the mask.
-    return {"widths": spec.widths, "most": spec.length if learner.transform is None else None}
+    return known if learner.transform is None else Lengths(known.widths)
 
 
 def sampled(

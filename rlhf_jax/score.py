@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from rlhf_jax.models.blocks import taken
+from rlhf_jax.models.transformer import apply_at
 from rlhf_jax.sampling import log_probabilities
 from rlhf_jax.sharding import (
     WRITERS,
@@ -30,6 +32,7 @@ def score(
     chunk: int = 2048,
     width: int | None = None,
     most: int | None = None,
+    pieces: int | None = None,
 ) -> Scores:
     """What the model `self`, and every other named one, says about a batch.
 
@@ -39,16 +42,20 @@ def score(
     Only `self` carries gradient. Everything is 0 outside the batch's mask, whatever stands there.
 
     Behind the first `width` tokens there is only padding, and no row has more than `most` tokens
-    in the mask: the rest is not computed (None: all of it is).
+    in the mask, which stand in at most `pieces`: the rest is not computed (None: all of it is).
     """
     shape = batch.tokens.shape
-    flat = _lengthened(_narrowed(_flatten_groups(batch), width))
+    whole = _lengthened(_narrowed(_flatten_groups(batch), width))
+    read = _read(whole.mask, most, pieces)
+    flat = _taken(whole, read, whole.tokens.shape[1])
     params = {
         name: tree if name == "self" else jax.lax.stop_gradient(tree)
         for name, tree in params.items()
     }
     hidden = {
-        name: models[name].apply(params[name], flat.tokens, segments=flat.segments).hidden
+        name: apply_at(
+            models[name], params[name], whole.tokens, read, segments=whole.segments
+        ).hidden
         for name in params
     }
     found: dict[str, dict[str, Array]] = {name: {} for name in params}
@@ -63,7 +70,8 @@ def score(
             found[name] |= {"value": _shift(after), "reward": after}
 
     def finish(x):  # select, so that neither a value nor a gradient leaks from padding
-        x = jnp.where(flat.mask, x.astype(jnp.float32), 0.0)[:, : shape[-1]]
+        x = jnp.where(flat.mask, x.astype(jnp.float32), 0.0)
+        x = _put(x, read, whole.tokens.shape[1])[:, : shape[-1]]
         # What follows looks along rows: their tokens lie together again.
         return split_rows(jnp.pad(x, ((0, 0), (0, shape[-1] - x.shape[1])))).reshape(shape)
 
@@ -113,6 +121,34 @@ def _lengthened(batch: Sequences) -> Sequences:
     return jax.tree.map(one, batch) if t % parts else batch
 
 
+def _read(mask: Array, most: int | None, pieces: int | None) -> Array | None:
+    """Places of the mask's tokens and of those before them, in their order, and others behind.
+
+    None: all of them, or nobody knows; where a mesh splits rows each part would need others.
+    """
+    if most is None or token_groups() > 1:
+        return None
+    n = most + min(most, most if pieces is None else pieces)
+    return _first(mask | jnp.pad(mask[:, 1:], ((0, 0), (0, 1))), n) if n < mask.shape[1] else None
+
+
+def _first(wanted: Array, n: int) -> Array:
+    """[b, n]: where `wanted` is true, in order; then where it is not."""
+    return jnp.argsort(~wanted, axis=1, stable=True)[:, :n]
+
+
+def _taken(tree: Any, places: Array | None, t: int) -> Any:
+    """Tokens at these places; what a row has once stays."""
+    return jax.tree.map(lambda x: taken(x, places) if _per_token(x, t) else x, tree)
+
+
+def _put(x: Array, places: Array | None, t: int) -> Array:
+    """[b, t] with x at these places, 0 elsewhere."""
+    if places is None:
+        return x
+    return jnp.zeros((x.shape[0], t), x.dtype).at[jnp.arange(x.shape[0])[:, None], places].set(x)
+
+
 def _per_token(x: Array, t: int) -> bool:
     return x.ndim > 1 and x.shape[1] == t
 
@@ -134,19 +170,13 @@ def _over_parts(params, hidden, batch, models, vocab, chunk, most):
 
 def _over_masked(params, hidden, batch, models, vocab, chunk, most):
     """`_over_vocabulary` of the tokens in the mask, as far as it is known how many there are."""
-    b, t = batch.tokens.shape
+    t = batch.tokens.shape[1]
     if most is None or most >= t:
         return _over_vocabulary(params, hidden, batch, models, vocab, chunk)
-    # In their order, and behind them others, which are cut off in the end.
-    place = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :most]
-
-    def take(x):
-        at = place.reshape(b, most, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, at, axis=1) if _per_token(x, t) else x
-
-    found = _over_vocabulary(params, *jax.tree.map(take, (hidden, batch)), models, vocab, chunk)
-    row = jnp.arange(b)[:, None]
-    return jax.tree.map(lambda x: jnp.zeros((b, t), x.dtype).at[row, place].set(x), found)
+    places = _first(batch.mask, most)
+    masked = _taken((hidden, batch), places, t)
+    found = _over_vocabulary(params, *masked, models, vocab, chunk)
+    return jax.tree.map(lambda x: _put(x, places, t), found)
 
 
 def _over_vocabulary(params, hidden, batch, models, vocab, chunk):

@@ -5,7 +5,7 @@ Division by a number of tokens happens in `_value` and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from rlhf_jax import masked, rewards
 from rlhf_jax.config import Learner, Rollouts
 from rlhf_jax.models import weights
 from rlhf_jax.objectives.reference_kl import reference_kl_vocab
-from rlhf_jax.parts import at_width, by_length, map_over, parts, sum_over
+from rlhf_jax.parts import UNKNOWN, Lengths, at_width, by_length, map_over, parts, sum_over
 from rlhf_jax.score import score
 from rlhf_jax.sharding import split_rows
 from rlhf_jax.types import (
@@ -44,24 +44,22 @@ def update(
     *,
     learner: Learner,
     models: Mapping[str, Any],
-    widths: Sequence[int] = (),
-    most: int | None = None,
+    lengths: Lengths = UNKNOWN,
 ) -> tuple[LearnerState, Metrics]:
     """All epochs and minibatches of one learner over one batch.
 
     `frozen` holds the weights of the models in `learner.others`. Epochs are shuffled along the
     leading axis, so that a group stays whole. Metrics are means over all that was seen.
 
-    With `widths` a minibatch is cut into micro-batches of similar length, and each is computed at
-    the narrowest of these widths that holds it. `most` says how many tokens of a row can be in the
-    mask. Neither changes the result.
+    With `lengths.widths` a minibatch is cut into micro-batches of similar length, and each is
+    computed at the narrowest of these widths that holds it. None of `lengths` changes the result.
     """
     if learner.transform is not None:
         with _fitting(learner.transform, batch):
             batch = learner.transform(batch, jax.random.fold_in(key, learner.epochs))
     rows = batch.tokens.shape[0]
     check_rows(rows, learner)
-    bound = {"learner": learner, "models": models, "widths": widths, "most": most}
+    bound = {"learner": learner, "models": models, "lengths": lengths}
     batch = _prepared(state.params, frozen, batch, cuts=learner.minibatches, **bound)
 
     def order(epoch):
@@ -82,10 +80,10 @@ def update(
     return state, metrics | plain | {"skipped": state.skipped.astype(jnp.float32)}
 
 
-def optimizer_step(state, frozen, batch, *, learner, models, widths=(), most=None):
+def optimizer_step(state, frozen, batch, *, learner, models, lengths=UNKNOWN):
     """One optimiser step on one minibatch: scan over micro-batches, one division, one update."""
-    micro = _micro(batch, learner, widths)
-    scored = partial(_scored, frozen=frozen, learner=learner, models=models, most=most)
+    micro = _micro(batch, learner, lengths.widths)
+    scored = partial(_scored, frozen=frozen, learner=learner, models=models, lengths=lengths)
     count = _counts(state.params, micro, scored, learner)
 
     def loss(params, part, width):
@@ -93,7 +91,7 @@ def optimizer_step(state, frozen, batch, *, learner, models, widths=(), most=Non
 
     # The gradient is taken at one width: a derivative of a choice keeps what every width needs.
     grad = partial(jax.value_and_grad(loss, has_aux=True), state.params)
-    (value, sums), grads = sum_over(partial(at_width, grad, widths=widths), micro)
+    (value, sums), grads = sum_over(partial(at_width, grad, widths=lengths.widths), micro)
     norm = optax.tree.norm(grads)
     state = apply_gradients(state, grads, jnp.isfinite(value) & jnp.isfinite(norm), learner)
     return state, (sums, {"loss": value, "grad_norm": norm})
@@ -126,12 +124,13 @@ def _micro(batch, learner, widths=()):
     return parts(batch, learner.microbatches)
 
 
-def _prepared(params, frozen, batch, *, learner, models, cuts=1, widths=(), most=None):
+def _prepared(params, frozen, batch, *, learner, models, cuts=1, lengths=UNKNOWN):
     """The batch with what `learner.prepare` adds: statistics over all of it, without gradient."""
     if learner.prepare is None:
         return batch
-    scored = partial(_scored, params, frozen=frozen, learner=learner, models=models, most=most)
-    scores = map_over(scored, batch, cuts * learner.microbatches, widths)
+    given = {"learner": learner, "models": models, "lengths": lengths}
+    scored = partial(_scored, params, frozen=frozen, **given)
+    scores = map_over(scored, batch, cuts * learner.microbatches, lengths.widths)
     with _fitting(learner.prepare, batch):
         return jax.lax.stop_gradient(learner.prepare(jax.lax.stop_gradient(scores), batch))
 
@@ -170,13 +169,13 @@ def _terms(scores, part, learner) -> dict[str, Terms]:
     return {"": terms} if isinstance(terms, Terms) else terms
 
 
-def _scored(params, part, *, frozen, learner, models, width=None, most=None):
+def _scored(params, part, *, frozen, learner, models, width=None, lengths=UNKNOWN):
     models = {"self": learner.model, **{name: models[name] for name in learner.scores}}
     own = params if learner.base is None else weights.merged(frozen[learner.base], params)
     trees = {"self": own, **{name: frozen[name] for name in learner.scores}}
-    given = {"vocab": learner.vocab, "chunk": learner.chunk, "width": width, "most": most}
+    cut = {"width": width, "most": lengths.most, "pieces": lengths.pieces}
     with _fitting(learner.vocab or learner.objective, part):
-        return score(trees, part, models=models, **given)
+        return score(trees, part, models=models, vocab=learner.vocab, chunk=learner.chunk, **cut)
 
 
 def _counts(params, micro, scored, learner) -> dict[str, Array]:
@@ -306,6 +305,11 @@ def collect(
     return jax.lax.stop_gradient((experience, control, metrics))
 
 
+def rollout_lengths(spec: Rollouts) -> Lengths:
+    """What is known of rollouts: an environment may write between the policy's tokens."""
+    return Lengths(spec.widths, spec.length, 1 if spec.environment is None else None)
+
+
 def opinions(
     rollout: Rollout, params: Mapping[str, Params], *, spec: Rollouts, models: Mapping[str, Any]
 ) -> Opinions:
@@ -317,8 +321,10 @@ def opinions(
     compare = spec.kl.exact and spec.reference is not None
     scorers = {spec.policy if spec.rescore else None, spec.reference, spec.value} - {None}
 
+    known = rollout_lengths(spec)
+
     def some(part, width):
-        found, cut = {}, {"width": width, "most": spec.length}
+        found, cut = {}, {"width": width, "most": known.most, "pieces": known.pieces}
         for name in scorers:
             if compare and name == spec.policy:
                 trees = {"self": params[name], "reference": params[spec.reference]}
@@ -330,7 +336,7 @@ def opinions(
                 found[name] = score({"self": params[name]}, part, models=own, **cut)
         return found
 
-    found = map_over(some, rollout, spec.microbatches, spec.widths)
+    found = map_over(some, rollout, spec.microbatches, known.widths)
     policy = found[spec.policy] if spec.policy in found else Scores(logp=rollout.logp)
     return Opinions(
         old=policy,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlhf_jax import environment as environments
 from rlhf_jax.environment import Environment, World
 from rlhf_jax.models import cache as caches
+from rlhf_jax.models.transformer import apply_at
 from rlhf_jax.sampling import Sampling, draw, filtered, log_probabilities
 from rlhf_jax.types import Params, Prompts
 
@@ -185,9 +186,10 @@ class Writer:
         place = jnp.arange(p)[None]
         positions = jnp.where(place < size[:, None], place, -1)
         room = self.model.empty_cache(tokens.shape[0], caches.room(cache, p, self.capacity))
-        hidden, part = self.model.apply(self.params, tokens, positions=positions, cache=room)
-        last = jnp.take_along_axis(hidden, (size - 1)[:, None, None], axis=1)[:, 0]
-        return jnp.repeat(last, self.samples, axis=0), caches.repeated(part, self.samples)
+        last = (size - 1)[:, None]
+        given = {"positions": positions, "cache": room}
+        hidden, part = apply_at(self.model, self.params, tokens, last, **given)
+        return jnp.repeat(hidden[:, 0], self.samples, axis=0), caches.repeated(part, self.samples)
 
     def alive(self, texts, row):
         """Slots whose text goes on."""
@@ -222,9 +224,10 @@ class Writer:
         at = (end - 1 - slots.count)[:, None] + place
         unsaid = ~self.alive(texts, slots.row)[:, None] | (place > slots.count[:, None])
         at = jnp.where(unsaid, -1, at)
-        hidden, cache = self.model.apply(self.params, slots.turn, positions=at, cache=slots.cache)
-        newest = jnp.take_along_axis(hidden, slots.count[:, None, None], axis=1)[:, 0]
-        return slots._replace(hidden=newest, cache=cache)
+        given = {"positions": at, "cache": slots.cache}
+        newest = slots.count[:, None] if slots.turn.shape[1] > 1 else None
+        hidden, cache = apply_at(self.model, self.params, slots.turn, newest, **given)
+        return slots._replace(hidden=hidden[:, 0], cache=cache)
 
     def refilled(self, texts, slots):
         """The next prompts of each queue take free slots, `wave` at once, where so many are."""

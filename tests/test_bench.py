@@ -32,8 +32,9 @@ def test_a_phase_is_held_against_its_operations_and_its_bytes():
     layer = 2 * 192**2 + 2 * 192 * 64 + 3 * 192 * 512
     policy = 6 * (layer + 2 * 192) + 192 + 4096 * 192
     pairs = 4 * 192 * 6 * 96 * 97 / 2
-    forward = 8 * (2 * 6 * layer * 96 + pairs + 2 * 192 * 4096 * 64)
-    critic = 8 * (2 * 6 * layer * 96 + pairs)
+    matrices = 6 * layer * 96 - (192**2 + 3 * 192 * 512) * 32  # of the last layer for prompts
+    forward = 8 * (2 * matrices + pairs + 2 * 192 * 4096 * 64)
+    critic = 8 * (2 * matrices + pairs)
     assert found["rollout"]["flops"] == forward
     assert found["score"]["flops"] == forward + critic  # the sampler's log-probabilities are kept
     assert found["update/policy"]["flops"] == 3 * 3 * forward

@@ -10,8 +10,10 @@ import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
+from rlhf_jax import flops
 from rlhf_jax.models import cache as caches
 from rlhf_jax.models.attention import dot_attention, grouped_attention
+from rlhf_jax.models.blocks import taken
 from rlhf_jax.models.transformer import Transformer, index_in_segment
 
 
@@ -202,12 +204,13 @@ def test_a_query_without_any_key_stays_finite():
     assert jnp.isfinite(dot_attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
 
 
-def test_attention_is_that_of_the_library_forward_and_backward():
+@pytest.mark.parametrize("t", [5, 70, 140], ids=["whole", "parts of 32", "four parts"])
+def test_attention_is_that_of_the_library_forward_and_backward(t):
     """Queries of six heads over keys of two, of which each row sees some."""
     rng = np.random.default_rng(0)
-    query, weight = rng.normal(size=(2, 2, 5, 6, 4)).astype(np.float32)
-    key, value = rng.normal(size=(2, 2, 5, 2, 4)).astype(np.float32)
-    mask = np.tril(np.ones((5, 5), bool)) & (rng.random((2, 1, 5)) < 0.7) | np.eye(5, dtype=bool)
+    query, weight = rng.normal(size=(2, 2, t, 6, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, t, 2, 4)).astype(np.float32)
+    mask = np.tril(np.ones((t, t), bool)) & (rng.random((2, 1, t)) < 0.7) | np.eye(t, dtype=bool)
 
     def both(kernel):
         def loss(given):
@@ -220,6 +223,73 @@ def test_attention_is_that_of_the_library_forward_and_backward():
     for kernel in (dot_attention, grouped_attention):
         found = both(partial(kernel, mask=mask))
         jax.tree.map(partial(assert_allclose, atol=1e-5), found, expected)
+
+
+def test_whole_texts_are_read_in_four_parts_none_of_which_reads_later_keys():
+    x, mask = jnp.zeros((1, 128, 1, 8)), jnp.zeros((1, 128, 128), bool)
+    made = jax.make_jaxpr(grouped_attention)
+    whole = 2 * 2 * 8 * 128**2  # two products
+    assert flops.of_program(made(x, x, x, mask)) == whole * (1 + 2 + 3 + 4) / 16
+    few = made(x[:, :127], x, x, mask[:, :127])
+    assert flops.of_program(few) == whole * 127 / 128
+
+
+READ = {
+    "one layer": {"layers": 1},
+    "scanned": {"scan": True},
+    "parallel": {"parallel": True, "norm": "layer"},
+    "norms behind": {"post_norms": True},
+    "a second MLP": {"side_mlp": 8},
+    "a tap": {"tap": lambda layer, x: x + layer},
+    "recomputed": {"remat": "full"},
+    "a window": {"window": 3},
+}
+
+
+@pytest.mark.parametrize("changes", READ.values(), ids=READ)
+def test_places_that_are_read_alone_say_what_they_say_in_the_whole_text(model, tokens, changes):
+    own = replace(model, **changes)
+    params = toys.weights(own)
+    read = np.random.default_rng(0).integers(0, 10, (4, 3))
+    segments = np.where(np.arange(10) < 7, 1, 2) * np.ones((4, 1), int)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3, own.width)), jnp.float32)
+
+    def both(hidden):
+        def loss(params):
+            found = hidden(params)
+            return (found * weight).sum(), found
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected = both(lambda p: taken(own.apply(p, tokens, segments=segments).hidden, read))
+    found = both(lambda p: own.apply(p, tokens, segments=segments, read=read).hidden)
+    jax.tree.map(partial(assert_allclose, atol=2e-5, rtol=1e-5), found, expected)
+
+
+def test_a_prompt_is_read_for_its_last_token_alone_and_remembered_whole(either, tokens):
+    model, params = either
+    read = np.array([[9], [3], [0], [5]])
+    apply, cache = jax.jit(model.apply), model.empty_cache(4, 10)
+    whole = apply(params, tokens, cache=cache)
+    last = apply(params, tokens, cache=cache, read=read)
+    assert_allclose(last.hidden, taken(whole.hidden, read), atol=1e-5)
+    jax.tree.map(partial(assert_allclose, atol=1e-6), last.cache, whole.cache)
+
+
+def test_what_nobody_reads_costs_nothing_behind_the_last_attention(model, tokens):
+    """Of a scanned model, too, it is counted as not needed; there it is computed."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    read = np.zeros((4, 3), int)
+    cost = [
+        flops.of_program(jax.make_jaxpr(partial(model.apply, read=some))(shapes, tokens))
+        for some in (None, read)
+    ]
+    said = [
+        flops.forward(replace(model, lm_head=False), rows=4, tokens=10, read=n) for n in (10, 3)
+    ]
+    assert cost[0] - cost[1] == said[0] - said[1] == 4 * 7 * 2 * flops.behind_attention(model)
+    scanned = replace(model, scan=True)
+    assert flops.behind_attention(scanned) == flops.behind_attention(model) > 0
 
 
 def test_a_fresh_model_values_everything_at_exactly_zero(model, tokens):

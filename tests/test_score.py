@@ -67,7 +67,7 @@ def scored(model, batch):
         (_, scores), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return scores, grads
 
-    return jax.jit(run, static_argnames=("chunk", "width", "most"))
+    return jax.jit(run, static_argnames=("chunk", "width", "most", "pieces"))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,26 @@ def test_what_is_cut_off_because_nobody_needs_it_changes_neither_scores_nor_grad
         found = scored(trees, short, chunk, whole[0], **known)
         jax.tree.map(partial(assert_allclose, atol=2e-5), found[0], expected[0])
         jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), found[1], expected[1])
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(5, 1), (5, 2), (3, 2)])
+def test_nor_does_what_is_behind_the_last_attention_of_tokens_nobody_looks_at(
+    scored, params, other, batch, whole, most, pieces
+):
+    """At most `most` tokens of a row in the mask, in `pieces` that may begin at its first token."""
+    mask, rng = np.zeros_like(batch.mask), np.random.default_rng(0)
+    for row in range(16):
+        for piece in np.array_split(np.arange(12), pieces):
+            n = 1 + (most // pieces if row % 2 else rng.integers(most // pieces))
+            start = piece[0] if row == 0 else rng.choice(piece[: len(piece) - n + 1])
+            mask[row, start : start + min(n, most // pieces)] = True
+    assert mask.sum(1).max() <= most and mask[0, 0]
+    batch = batch.replace(mask=mask, segments=np.ones_like(batch.segments))
+    trees = {"self": params, "other": other}
+    expected = scored(trees, batch, 16 * 12, whole[0])
+    found = scored(trees, batch, 16 * 4, whole[0], most=most, pieces=pieces)
+    jax.tree.map(partial(assert_allclose, atol=2e-5), found[0], expected[0])
+    jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), found[1], expected[1])
 
 
 def test_other_models_carry_no_gradient(whole):

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from rlhf_jax import masked, objectives, phases, sharding
 from rlhf_jax.config import Config, From, Frozen, Learner
 from rlhf_jax.optimizer import adam, sgd
-from rlhf_jax.parts import by_length, parts
+from rlhf_jax.parts import Lengths, by_length, parts
 from rlhf_jax.step import evaluate, optimizer_step, update
 from rlhf_jax.types import Terms
 
@@ -188,7 +188,7 @@ def test_micro_batches_no_wider_than_their_rows_learn_the_same(state, devices):
             return jax.device_get(jax.jit(go)(state(learner), {}, batch, jax.random.key(0)))
 
     plain, metrics = run(learner)
-    new, found = run(replace(learner, microbatches=4), widths=(8, 99), most=11)
+    new, found = run(replace(learner, microbatches=4), lengths=Lengths((8, 99), 11, 1))
     assert_allclose(found.pop("loss"), metrics["loss"], rtol=1e-5)
     jax.tree.map(partial(assert_allclose, atol=1e-5, rtol=1e-5), new, plain)
     assert metrics["width"] == 12

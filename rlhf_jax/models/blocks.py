@@ -193,13 +193,23 @@ def _lookup_backward(dtype, kept, grad):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def taken(x: Array, read: Int[Array, "b n"] | None) -> Array:
+    """`[b, n, ...]`: what stands at these places of each row of `[b, t, ...]`; None: all."""
+    if read is None:
+        return x
+    return jnp.take_along_axis(x, read.reshape(*read.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 class _Block(nn.Module):
-    """`(hidden, cache), (layer, local) -> (hidden, cache), None`: the shape `nn.scan` wants."""
+    """`(hidden, cache), (layer, local) -> (hidden, cache), None`: the shape `nn.scan` wants.
+
+    With `read` what is behind attention, where no token needs another, is done for these places.
+    """
 
     config: Transformer
 
     @nn.compact
-    def __call__(self, carry, which, turn, mask, near, used):
+    def __call__(self, carry, which, turn, mask, near, used, read=None):
         c = self.config
         (hidden, cache), (layer, local) = carry, which
         linear = partial(_Linear, model=c)
@@ -238,7 +248,7 @@ class _Block(nn.Module):
                 else:  # a kernel of its own reads keys in the order of the text
                     key, value = plain(key, query.dtype), plain(value, query.dtype)
                     key, value = key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
-            x = attend(query, key, value, seen).reshape(b, t, -1)
+            x = taken(attend(query, key, value, seen).reshape(b, t, -1), read)
             return linear(c.width, scale=narrow, bias=c.out_bias, name="out")(x), kept
 
         def mlp(x):
@@ -250,10 +260,10 @@ class _Block(nn.Module):
                 inner = act(linear(c.mlp, bias=c.mlp_bias, name="up")(x))
             return linear(c.width, scale=narrow, bias=c.mlp_bias, name="down")(inner)
 
-        read = hidden
-        found, cache = attention(_Norm(c, name="attention_norm")(read))
-        hidden = hidden + after(name="attention_post_norm")(found)
-        x = _Norm(c, name="mlp_norm")(read if c.parallel else hidden)
+        found, cache = attention(_Norm(c, name="attention_norm")(hidden))
+        before = taken(hidden, read)
+        hidden = before + after(name="attention_post_norm")(found)
+        x = _Norm(c, name="mlp_norm")(before if c.parallel else hidden)
         hidden = hidden + after(name="mlp_post_norm")(mlp(x))
         if c.side_mlp:
             side = nn.silu(linear(c.side_mlp, name="side_up")(x))
@@ -275,7 +285,7 @@ class Decoder(nn.Module):
     config: Transformer
 
     @nn.compact
-    def __call__(self, tokens, positions, segments, cache=None):
+    def __call__(self, tokens, positions, segments, cache=None, read=None):
         """Hidden states and the cache: see `Transformer.apply`."""
         c = self.config
         if cache is None:
@@ -311,6 +321,8 @@ class Decoder(nn.Module):
         block, policy = _Block, REMAT[c.remat]
         if policy is not None:
             block = nn.remat(_Block, prevent_cse=not c.scan, policy=policy)
+        # A hook reads every token, and layers that are scanned are equal.
+        early = None if c.scan or c.tap is not None else read
         if c.scan:
             # The cache rides in the carry: as scanned input and output it would exist twice.
             layers = nn.scan(
@@ -328,13 +340,14 @@ class Decoder(nn.Module):
                 layer = block(c, name=f"layers_{i}")
                 own = None if cache is None else pairs[i]
                 which = jnp.int32(i), jnp.array(local[i])
-                (hidden, own), _ = layer((hidden, own), which, turn, mask, near, used)
+                last = early if i == c.layers - 1 else None
+                (hidden, own), _ = layer((hidden, own), which, turn, mask, near, used, last)
                 new.append(own)
             pairs = tuple(new)
         if cache is not None:
             cache = grown(cache, tokens.shape[1], pairs)
 
-        hidden = _Norm(c, name="final_norm")(hidden)
+        hidden = _Norm(c, name="final_norm")(taken(hidden, read if early is None else None))
         if self.is_initializing():
             if c.lm_head and not c.tied:
                 _Linear(c.vocab, c, name="head")(hidden)

@@ -7,16 +7,17 @@ are Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU; `famili
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models import cache as caches
-from rlhf_jax.models.blocks import ACTIVATIONS, REMAT, Decoder
+from rlhf_jax.models.blocks import ACTIVATIONS, REMAT, Decoder, taken
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.types import Params
 
@@ -182,8 +183,9 @@ class Transformer:
         cache: Cache | None = None,
         tap: Tap | None = None,
         attention: Attention | None = None,
+        read: Int[Array, "b n"] | None = None,
     ) -> Output:
-        """Hidden states after the last norm.
+        """Hidden states after the last norm, of all tokens or of those at the indices `read`.
 
         Without a cache, a token attends to earlier tokens of its own segment (0 is padding;
         default: all one segment) and its position is the index within it. With a cache, tokens are
@@ -202,7 +204,8 @@ class Transformer:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = index_in_segment(segments)
-        hidden, cache = Decoder(own).apply({"params": params}, tokens, positions, segments, cache)
+        texts = tokens, positions, segments, cache, read
+        hidden, cache = Decoder(own).apply({"params": params}, *texts)
         return Output(hidden, cache)
 
     def logits(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
@@ -223,6 +226,19 @@ class Transformer:
         shape = {"layers": self.layers, "heads": self.kv_heads, "size": self.size_of_head}
         dtype = self.cache_dtype or self.dtype
         return caches.empty(rows, length, dtype=dtype, stacked=self.scan, **shape)
+
+
+def apply_at(
+    model: Any, params: Params, tokens: Array, read: Int[Array, "b n"] | None, **rest: Any
+) -> Output:
+    """`model.apply` at the indices `read` of each row (None: all).
+
+    A model whose `apply` has no such argument computes all of them first.
+    """
+    if "read" in inspect.signature(model.apply).parameters:
+        return model.apply(params, tokens, read=read, **rest)
+    found = model.apply(params, tokens, **rest)
+    return found._replace(hidden=taken(found.hidden, read))
 
 
 def index_in_segment(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -222,7 +222,7 @@ def _one_step(state: TrainState, frozen, seed, number, due, places, *, config: C
             key=phase_key(seed, number, f"update/{name}"),
             learner=learner,
             models=config.models,
-            **phases.lengths(learner, config.rollouts),
+            lengths=phases.lengths(learner, config.rollouts),
         )
         if learner.when is always:
             learners[name], found = learn(learners[name])
