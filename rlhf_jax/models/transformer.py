@@ -1,8 +1,9 @@
 """A decoder-only transformer; what tells Llama, Qwen, Gemma, GPT-2 and GPT-NeoX apart is a number.
 
 The rest of the house sees a `Transformer`: numbers, and five pure functions over a bare nested dict
-of parameters, made of the modules in `blocks.py`. Other models offer the same five. The defaults
-are Llama's: RMSNorm, rotary positions, grouped-query attention, SwiGLU; `families` has the others.
+of parameters, made of the modules in `blocks.py`. Other models offer the same five; of `apply` they
+may leave out `read` and the hooks. The defaults are Llama's: RMSNorm, rotary positions,
+grouped-query attention, SwiGLU; `families` has the others.
 """
 
 from __future__ import annotations
