@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toys
 from numpy.testing import assert_allclose, assert_array_equal
+from toy_environments import JUMPS
 
 from rlhf_jax import masked, objectives
 from rlhf_jax.advantages import gae
@@ -49,6 +50,17 @@ def collected(rollout, reward, tables, control=None, **spec):
         return collect(rollout, reward, said, control, spec=rollouts)
 
     return jax.device_get(run(rollout, reward, tables, control or control_of()))
+
+
+def test_tokens_between_which_an_environment_writes_are_all_scored(tables):
+    """Four in every second place: with the tokens before them they are eight of twelve."""
+    rollout = rollout_of(mask=np.tile(np.isin(np.arange(12), (4, 6, 8, 10)), (16, 1)))
+
+    def said(length):
+        spec = Rollouts(reward=None, length=length, environment=JUMPS)
+        return jax.jit(partial(opinions, spec=spec, models=MODELS))(rollout, tables)
+
+    jax.tree.map(partial(assert_allclose, atol=1e-6), said(4), said(12))
 
 
 def last_token(score, rollout):

@@ -12,7 +12,7 @@ import toys
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import masked, objectives, phases, sharding
-from rlhf_jax.config import Config, From, Frozen, Learner
+from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.parts import Lengths, by_length, parts
 from rlhf_jax.step import evaluate, optimizer_step, update
@@ -248,6 +248,15 @@ def test_a_transform_comes_before_the_objective_and_never_in_an_evaluation(state
     assert float(metrics["late"]) == 0
     found = evaluated(start.params, toys.labeled(), learner)
     assert float(found["late"]) > 0
+
+
+def test_where_a_transform_may_put_any_token_into_the_mask_only_widths_are_known():
+    spec = Rollouts(reward=None, length=5, widths=(8,))
+    plain = learner_of(objectives.mle, batch="experience")
+    assert phases.lengths(plain, spec) == Lengths((8,), 5, 1)
+    changed = replace(plain, transform=lambda batch, key: batch)
+    assert phases.lengths(changed, spec) == Lengths((8,))
+    assert phases.lengths(learner_of(objectives.mle), spec) == Lengths()
 
 
 # --- updates that are not finite, and tracing
