@@ -46,7 +46,9 @@ def score(
     """
     shape = batch.tokens.shape
     whole = _lengthened(_narrowed(_flatten_groups(batch), width))
-    read = _read(whole.mask, most, pieces)
+    # A scanned model would compute all of it, and rows would be cut twice for nothing.
+    scanned = all(getattr(models[name], "scan", False) for name in params)
+    read = None if scanned else _read(whole.mask, most, pieces)
     flat = _taken(whole, read, whole.tokens.shape[1])
     params = {
         name: tree if name == "self" else jax.lax.stop_gradient(tree)
