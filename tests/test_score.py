@@ -154,6 +154,16 @@ def test_nor_does_what_is_behind_the_last_attention_of_tokens_nobody_looks_at(
     jax.tree.map(partial(assert_allclose, atol=2e-4, rtol=1e-5), found[1], expected[1])
 
 
+@pytest.mark.parametrize(("scan", "cuts"), [(False, 2), (True, 1)])
+def test_rows_of_a_scanned_model_which_computes_all_of_them_are_cut_once(
+    model, params, batch, scan, cuts
+):
+    own = replace(model, scan=scan)
+    params = toys.stacked(params, model.layers) if scan else params
+    run = partial(score, batch=batch, models={"self": own}, most=5, pieces=1)
+    assert str(jax.make_jaxpr(run)({"self": params})).count(" sort[") == cuts
+
+
 def test_other_models_carry_no_gradient(whole):
     _, _, grads = whole
     for leaf in jax.tree.leaves(grads["other"]):
