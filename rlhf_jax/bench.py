@@ -56,7 +56,8 @@ def bench(config: Config, *, repeats: int = 5, profile: str | None = None) -> di
                 next(steps)
         steps.close()
     kept = found[WARM:]
-    limit = limits(config.models[config.rollouts.policy].dtype)
+    policy = config.models[config.rollouts.policy]
+    limit = limits(getattr(policy, "dtype", "float32"))  # a model of one's own need not say it
     phases = by_phase(config, kept, limit)
     return {
         "experiment": config.name,

@@ -29,7 +29,10 @@ from rlhf_jax.experiment import describe, difference, load
 from rlhf_jax.train import train
 
 # What may change between a run and its continuation: how long, where and how it is cut up.
-FREE = ("steps", "mesh", "checkpoint", "evaluation", "max_skipped", "microbatches", "chunk", "show")
+FREE = (
+    "steps", "mesh", "checkpoint", "evaluation", "max_skipped", "show",
+    "microbatches", "chunk", "chunks", "slots", "windows", "widths",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,10 @@ def path_name(path: tuple[Any, ...]) -> str:
 def spec(path: tuple[Any, ...], leaf: Any, rules: Sequence[tuple[str, P]] = RULES) -> P:
     """The partition of one leaf: scalars and keys are replicated, arrays follow the table.
 
+    A vector that no rule names, of a model of one's own, is small and replicated, too.
+
     Raises:
-        ValueError: if no rule matches, so that no weight is silently replicated.
+        ValueError: if no rule matches a matrix, so that none is silently replicated.
     """
     if leaf.ndim == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return P()
@@ -154,8 +156,11 @@ def spec(path: tuple[Any, ...], leaf: Any, rules: Sequence[tuple[str, P]] = RULE
         if re.search(pattern, name):
             # Scanned layers carry a leading layer axis, which is never split.
             return P(None, *found) if "layers/" in name else found
+    if leaf.ndim - ("layers/" in name) <= 1:
+        return P()
     raise ValueError(
-        f"no sharding rule for {name} {tuple(leaf.shape)}; add a pattern to rlhf_jax.sharding.RULES"
+        f"no sharding rule for {name} {tuple(leaf.shape)}; give it a name that one of "
+        "rlhf_jax.sharding.RULES matches, such as up/kernel or down/kernel, or add a pattern there"
     )
 
 

@@ -165,8 +165,29 @@ def _fitting(fn: Callable, batch: Sequences) -> Iterator[None]:
 
 def _terms(scores, part, learner) -> dict[str, Terms]:
     with _fitting(learner.objective, part):
-        terms = learner.objective(scores, part)
-    return {"": terms} if isinstance(terms, Terms) else terms
+        found = learner.objective(scores, part)
+    fn = getattr(learner.objective, "func", learner.objective)
+    name = getattr(fn, "__name__", fn)
+    terms = {"": found} if isinstance(found, Terms) else found
+    if not isinstance(terms, Mapping) or not all(isinstance(x, Terms) for x in terms.values()):
+        raise Misfit(f"{name} returns {type(found).__name__}; valid: Terms, or a dict of Terms")
+    for label, term in terms.items():
+        _check_shapes(f"{name}[{label!r}]" if label else name, term)
+    return terms
+
+
+def _check_shapes(name: str, term: Terms) -> None:
+    """Raise Misfit for what would be broadcast: a mean as loss would count padding, unseen."""
+    parts = {"weight": term.weight, "count": term.count}
+    parts |= {f"metrics[{k!r}]": x for k, x in term.metrics.items()}
+    shape = jnp.shape(term.loss)
+    wrong = {k: jnp.shape(x) for k, x in parts.items() if x is not None and jnp.shape(x) != shape}
+    if wrong:
+        others = ", ".join(f"{k} {other}" for k, other in wrong.items())
+        raise Misfit(
+            f"{name} returns a loss of shape {shape} with {others}; all of Terms have one shape, "
+            "such as that of the batch's mask: nothing is summed or averaged before"
+        )
 
 
 def _scored(params, part, *, frozen, learner, models, width=None, lengths=UNKNOWN):

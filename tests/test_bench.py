@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import toys
 
 from rlhf_jax import bench, flops
 from rlhf_jax.config import ConfigError
 from rlhf_jax.experiment import load
+from rlhf_jax.rewards import KL
 
 PPO = Path(__file__).parent.parent / "benchmarks" / "ppo.py"
 PHASES = ("rollout", "reward", "score", "update/policy", "update/critic")
@@ -77,6 +79,16 @@ def test_learners_that_were_updated_at_once_are_one_phase():
     assert "flops" not in both["update/sft+policy"]  # nobody knows what sft reads
     reads = sum(flops.weight_bytes(config.models[name]) for name in ("reference", "critic"))
     assert both["score"]["bytes"] == 2 * 4 * reads  # of each chunk's micro-batches
+
+
+def test_a_model_that_says_nothing_of_its_sizes_is_timed():
+    config = load(PPO, ["rows=32", "prompt=4", "length=4"])
+    policy = replace(config.learners["policy"], model=toys.Table(4096))
+    spec = replace(config.rollouts, reference=None, value=None, kl=KL(initial=0.0))
+    own = replace(config, learners={"policy": policy}, frozen={}, rollouts=spec)
+    found = bench.bench(own, repeats=1)
+    assert found["phases"]["rollout"]["seconds"] > 0 == found["phases"]["rollout"]["flops"]
+    assert found["limits"]["product"].endswith("float32")
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_compiled():

@@ -150,6 +150,7 @@ def test_a_directory_with_a_run_is_not_overwritten(tmp_path, capsys, monkeypatch
     assert status == 2
     assert "cannot be resumed with another experiment" in err
     runs.start(SMOKE, ["steps=9"], out, resume=True)  # longer is allowed
+    runs.start(SMOKE, ["steps=9", "rollouts.chunks=2"], out, resume=True)  # and in other pieces
 
 
 def test_a_launcher_can_tell_a_stopped_run_from_a_finished_one(tmp_path, capsys, monkeypatch):

@@ -231,8 +231,8 @@ def with_rollouts(**fields):
         (with_rollouts(microbatches=5), "rollouts.microbatches=5 does not divide 32 rows"),
         (with_rollouts(microbatches=8, chunks=8), "=8 does not divide 4 rows of a chunk"),
         (with_rollouts(widths=(0, 8)), "rollouts.widths=(0, 8): numbers of tokens"),
-        (with_rollouts(widths=(8,), microbatches=8), "rollouts.widths: 32 rows do not divide into "
-         "8 micro-batches × 8 devices"),
+        (with_rollouts(widths=(8,), microbatches=8), "rollouts.microbatches: the 32 rows of a "
+         "chunk do not divide into 8 micro-batches × 8 devices, which widths need"),
         (broken(
             rollouts=replace(CONFIG.rollouts, rescore=False, kl=KL(exact=True)),
             learners=CONFIG.learners | {"policy": replace(
@@ -245,6 +245,7 @@ def with_rollouts(**fields):
         (with_rollouts(chunks=2, ahead=True), "rollouts.ahead=True samples the next step's"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
+        (with_rollouts(slots=16, windows=4), "windows=4: a cache of 16 slots for 32 texts"),
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),
         (with_rollouts(sampling=Sampling(temperature=0.0)), "for greedy decoding set top_k=1"),
         (with_rollouts(sampling=Sampling(top_p=1.5)), "rollouts.sampling.top_p=1.5"),

@@ -235,7 +235,16 @@ def test_a_path_without_a_rule_is_refused_rather_than_replicated():
     mesh = sharding.make_mesh((2, 2, 2, 1))
     with pytest.raises(ValueError, match=r"no sharding rule for layers_0/adapter \(4, 4\).*RULES"):
         sharding.shardings({"layers_0": tree_of(adapter=(4, 4))}, mesh)
+    with pytest.raises(ValueError, match="no sharding rule for layers/adapter"):
+        sharding.shardings({"layers": tree_of(adapter=(4, 4, 4))}, mesh)
     assert sharding.shardings(tree_of(step=()), mesh)["step"].spec == P()
+
+
+def test_a_vector_without_a_rule_is_replicated():
+    mesh = sharding.make_mesh((2, 2, 2, 1))
+    tree = {"temper": tree_of(own=(3,)), "layers": tree_of(own=(4, 3))}
+    found = jax.tree.map(lambda x: x.spec, sharding.shardings(tree, mesh))
+    assert found == {"temper": {"own": P()}, "layers": {"own": P()}}
 
 
 def test_a_size_that_does_not_divide_is_refused_with_one_that_does():

@@ -15,7 +15,7 @@ from rlhf_jax import masked, objectives, phases, sharding
 from rlhf_jax.config import Config, From, Frozen, Learner, Rollouts
 from rlhf_jax.optimizer import adam, sgd
 from rlhf_jax.parts import Lengths, by_length, parts
-from rlhf_jax.step import evaluate, optimizer_step, update
+from rlhf_jax.step import Misfit, evaluate, optimizer_step, update
 from rlhf_jax.types import Terms
 
 TABLE = toys.Table(32)
@@ -232,6 +232,42 @@ def test_rows_that_do_not_divide_are_refused_with_a_size_that_does(state):
     message = "16 rows does not divide into 3 minibatches of 2 micro-batches.*such as 18"
     with pytest.raises(ValueError, match=message):
         update(state(learner), {}, toys.labeled(), jax.random.key(0), learner=learner, models={})
+
+
+def averaged(scores, batch):
+    return Terms(-scores.logp.mean(), weight=batch.mask.astype(jnp.float32))
+
+
+def summed(scores, batch):
+    return {"all": Terms(-scores.logp, weight=batch.mask.sum(-1, dtype=jnp.float32))}
+
+
+def shortened(scores, batch):
+    return Terms(-scores.logp[:, 1:], weight=batch.mask[:, 1:], count=batch.mask)
+
+
+def measured(scores, batch):
+    return Terms(-scores.logp, weight=batch.mask, metrics={"logp": scores.logp.mean()})
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        (averaged, r"averaged returns a loss of shape \(\) with weight \(16, 12\)"),
+        (summed, r"summed\['all'\] returns a loss of shape \(16, 12\) with weight \(16,\)"),
+        (shortened, r"a loss of shape \(16, 11\) with count \(16, 12\); all of Terms have one"),
+        (measured, r"a loss of shape \(16, 12\) with metrics\['logp'\] \(\)"),
+        (lambda scores, batch: scores.logp, r"<lambda> returns \w*Tracer; valid: Terms, or a dict"),
+        (
+            lambda scores, batch: {"a": scores.logp},
+            "<lambda> returns dict; valid: Terms, or a dict",
+        ),
+    ],
+)
+def test_terms_that_would_be_broadcast_are_refused(state, objective, says):
+    learner = learner_of(objective)
+    with pytest.raises(Misfit, match=says):
+        gradient(state(learner), toys.labeled(), learner)
 
 
 def test_a_transform_comes_before_the_objective_and_never_in_an_evaluation(state):
