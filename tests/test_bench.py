@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import toys
 
 from rlhf_jax import bench, flops
 from rlhf_jax.config import ConfigError
+from rlhf_jax.data.drawn import drawn
 from rlhf_jax.experiment import load
 from rlhf_jax.rewards import KL
 
@@ -83,10 +85,12 @@ def test_learners_that_were_updated_at_once_are_one_phase():
 
 def test_a_model_that_says_nothing_of_its_sizes_is_timed():
     config = load(PPO, ["rows=32", "prompt=4", "length=4"])
-    policy = replace(config.learners["policy"], model=toys.Table(4096))
+    draw = config.data["prompts"].keywords["draw"].func
+    prompts = partial(drawn, draw=partial(draw, length=4, vocab=32), batch=32)
+    policy = replace(config.learners["policy"], model=toys.Table(32))
     spec = replace(config.rollouts, reference=None, value=None, kl=KL(initial=0.0))
-    own = replace(config, learners={"policy": policy}, frozen={}, rollouts=spec)
-    found = bench.bench(own, repeats=1)
+    own = {"data": {"prompts": prompts}, "learners": {"policy": policy}, "frozen": {}}
+    found = bench.bench(replace(config, rollouts=spec, **own), repeats=1)
     assert found["phases"]["rollout"]["seconds"] > 0 == found["phases"]["rollout"]["flops"]
     assert found["limits"]["product"].endswith("float32")
 
