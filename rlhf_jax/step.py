@@ -166,28 +166,36 @@ def _fitting(fn: Callable, batch: Sequences) -> Iterator[None]:
 def _terms(scores, part, learner) -> dict[str, Terms]:
     with _fitting(learner.objective, part):
         found = learner.objective(scores, part)
-    fn = getattr(learner.objective, "func", learner.objective)
-    name = getattr(fn, "__name__", fn)
+    return terms_of(found, part, learner.objective)
+
+
+def terms_of(found: Any, batch: Sequences, objective: Callable) -> dict[str, Terms]:
+    """What an objective returned for this batch, always as a dict.
+
+    Raises:
+        Misfit: if it is something else, or if something in it would be broadcast: a mean as a loss
+            would count padding, and nobody would see it.
+    """
+    fn = getattr(objective, "func", objective)
+    name, shape = getattr(fn, "__name__", fn), batch.tokens.shape
     terms = {"": found} if isinstance(found, Terms) else found
     if not isinstance(terms, Mapping) or not all(isinstance(x, Terms) for x in terms.values()):
         raise Misfit(f"{name} returns {type(found).__name__}; valid: Terms, or a dict of Terms")
     for label, term in terms.items():
-        _check_shapes(f"{name}[{label!r}]" if label else name, term)
-    return terms
-
-
-def _check_shapes(name: str, term: Terms) -> None:
-    """Raise Misfit for what would be broadcast: a mean as loss would count padding, unseen."""
-    parts = {"weight": term.weight, "count": term.count}
-    parts |= {f"metrics[{k!r}]": x for k, x in term.metrics.items()}
-    shape = jnp.shape(term.loss)
-    wrong = {k: jnp.shape(x) for k, x in parts.items() if x is not None and jnp.shape(x) != shape}
-    if wrong:
-        others = ", ".join(f"{k} {other}" for k, other in wrong.items())
+        parts = {"loss": term.loss, "weight": term.weight, "count": term.count}
+        parts |= {f"metric {key!r}": x for key, x in term.metrics.items()}
+        shapes = {key: jnp.shape(x) for key, x in parts.items() if x is not None}
+        loss = shapes["loss"]
+        if set(shapes.values()) == {loss} and loss and loss == shape[: len(loss)]:
+            continue
+        of = f" in {label!r}" if label else ""
+        said = ", ".join(f"{key} {x}" for key, x in shapes.items())
+        valid = " or ".join(str(shape[:i]) for i in range(len(shape), 0, -1))
         raise Misfit(
-            f"{name} returns a loss of shape {shape} with {others}; all of Terms have one shape, "
-            "such as that of the batch's mask: nothing is summed or averaged before"
+            f"{name} returns shapes that do not fit{of}: {said}. All must be one of {valid}: "
+            "what is summed over rows, or averaged, is so by the trainer"
         )
+    return terms
 
 
 def _scored(params, part, *, frozen, learner, models, width=None, lengths=UNKNOWN):

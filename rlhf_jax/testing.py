@@ -20,6 +20,7 @@ import numpy as np
 
 from rlhf_jax import masked
 from rlhf_jax.laws import LAWS, BrokenLawError
+from rlhf_jax.step import Misfit, terms_of
 from rlhf_jax.types import Labeled, Pairs, Scores, Sequences, Terms
 
 __all__ = ["LAWS", "BrokenLawError", "Case", "check_objective", "random_batch"]
@@ -99,8 +100,10 @@ class Case:
             found = self.vocab(*_flat(inputs["logits"], batch))
             shaped = {name: x.reshape(batch.tokens.shape) for name, x in found.items()}
             scores = scores.replace(extra=shaped)
-        terms = self.fn(scores, batch)
-        return {"": terms} if isinstance(terms, Terms) else dict(terms)
+        try:
+            return terms_of(self.fn(scores, batch), batch, self.fn)
+        except Misfit as error:
+            raise BrokenLawError(f"law 'shapes': {error}") from error
 
     def _everything(self, inputs, batch):
         def value(inputs):

@@ -253,6 +253,19 @@ def mixes_seeds(scores: Scores, batch: Experience) -> Terms:
     return Terms(-advantage * masked.select(scores.logp, batch.mask), weight_of(batch))
 
 
+def a_column_short(scores: Scores, batch: Labeled) -> Terms:
+    good = mle(scores, batch)
+    return good.replace(loss=good.loss[:, 1:])
+
+
+def an_array(scores: Scores, batch: Labeled) -> Terms:
+    return mle(scores, batch).loss
+
+
+def always_nan(scores: Scores, batch: Labeled) -> Terms:
+    return Terms(scores.logp * jnp.nan, weight_of(batch))
+
+
 BROKEN = [
     (mean_inside, "additivity"),
     (whitened_by_the_batch, "additivity"),
@@ -271,6 +284,9 @@ BROKEN = [
     (averaged, "shapes"),
     (integer_weight, "shapes"),
     (metric_of_another_shape, "shapes"),
+    (a_column_short, "shapes"),
+    (an_array, "shapes"),
+    (always_nan, "shapes"),
     (branches_on_a_value, "jit"),
     (computes_in_bfloat16, "bfloat16"),
     (mixes_seeds, "vmap"),
@@ -281,6 +297,12 @@ BROKEN = [
 def test_a_broken_objective_breaks_its_law(fn, law):
     with pytest.raises(BrokenLawError, match=f"law '{law}': .*"):
         check_objective(fn, laws=[law])
+
+
+@pytest.mark.parametrize("fn", [a_column_short, an_array, always_nan])
+def test_what_every_law_would_trip_over_is_said_first(fn):
+    with pytest.raises(BrokenLawError, match=r"law 'shapes': .*"):
+        check_objective(fn)
 
 
 def test_every_law_is_broken_by_some_objective():

@@ -238,6 +238,10 @@ def averaged(scores, batch):
     return Terms(-scores.logp.mean(), weight=batch.mask.astype(jnp.float32))
 
 
+def scalar(scores, batch):
+    return Terms(-scores.logp.mean(), weight=jnp.float32(1.0))
+
+
 def summed(scores, batch):
     return {"all": Terms(-scores.logp, weight=batch.mask.sum(-1, dtype=jnp.float32))}
 
@@ -253,10 +257,11 @@ def measured(scores, batch):
 @pytest.mark.parametrize(
     ("objective", "says"),
     [
-        (averaged, r"averaged returns a loss of shape \(\) with weight \(16, 12\)"),
-        (summed, r"summed\['all'\] returns a loss of shape \(16, 12\) with weight \(16,\)"),
-        (shortened, r"a loss of shape \(16, 11\) with count \(16, 12\); all of Terms have one"),
-        (measured, r"a loss of shape \(16, 12\) with metrics\['logp'\] \(\)"),
+        (averaged, r"averaged returns shapes that do not fit: loss \(\), weight \(16, 12\)\. All"),
+        (scalar, r"scalar returns .*: loss \(\), weight \(\)\. .* one of \(16, 12\) or \(16,\):"),
+        (summed, r"summed returns .* fit in 'all': loss \(16, 12\), weight \(16,\)\."),
+        (shortened, r"loss \(16, 11\), weight \(16, 11\), count \(16, 12\)\."),
+        (measured, r"loss \(16, 12\), weight \(16, 12\), metric 'logp' \(\)\."),
         (lambda scores, batch: scores.logp, r"<lambda> returns \w*Tracer; valid: Terms, or a dict"),
         (
             lambda scores, batch: {"a": scores.logp},
