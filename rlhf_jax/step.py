@@ -147,9 +147,8 @@ def _fitting(fn: Callable, batch: Sequences) -> Iterator[None]:
     except AttributeError as error:
         if not isinstance(error.obj, type(batch)):
             raise
-        fn = getattr(fn, "func", fn)
         raise Misfit(
-            f"{getattr(fn, '__name__', fn)} reads {error.name!r}, which a batch of "
+            f"{_name(fn)} reads {error.name!r}, which a batch of "
             f"{type(batch).__name__} has not; give the learner one that has: rollouts make "
             "Experience, streams.text Labeled, streams.pairs Pairs, Derived(selection.with_score) "
             "makes Labeled of Experience"
@@ -161,6 +160,11 @@ def _fitting(fn: Callable, batch: Sequences) -> Iterator[None]:
         if not frame.tb_frame.f_globals.get("__name__", "").startswith("rlhf_jax."):
             raise
         raise Misfit(str(error)) from error
+
+
+def _name(fn: Callable) -> str:
+    fn = getattr(fn, "func", fn)  # of a partial
+    return getattr(fn, "__name__", str(fn))
 
 
 def _terms(scores, part, learner) -> dict[str, Terms]:
@@ -176,8 +180,7 @@ def terms_of(found: Any, batch: Sequences, objective: Callable) -> dict[str, Ter
         Misfit: if it is something else, or if something in it would be broadcast: a mean as a loss
             would count padding, and nobody would see it.
     """
-    fn = getattr(objective, "func", objective)
-    name, shape = getattr(fn, "__name__", fn), batch.tokens.shape
+    name, shape = _name(objective), batch.tokens.shape
     terms = {"": found} if isinstance(found, Terms) else found
     if not isinstance(terms, Mapping) or not all(isinstance(x, Terms) for x in terms.values()):
         raise Misfit(f"{name} returns {type(found).__name__}; valid: Terms, or a dict of Terms")
@@ -185,10 +188,11 @@ def terms_of(found: Any, batch: Sequences, objective: Callable) -> dict[str, Ter
         parts = {"loss": term.loss, "weight": term.weight, "count": term.count}
         parts |= {f"metric {key!r}": x for key, x in term.metrics.items()}
         shapes = {key: jnp.shape(x) for key, x in parts.items() if x is not None}
-        loss = shapes["loss"]
+        loss, of = shapes["loss"], f" in {label!r}" if label else ""
+        if jnp.shape(term.scale):
+            raise Misfit(f"{name} returns a scale of shape {term.scale.shape}{of}; valid: a number")
         if set(shapes.values()) == {loss} and loss and loss == shape[: len(loss)]:
             continue
-        of = f" in {label!r}" if label else ""
         said = ", ".join(f"{key} {x}" for key, x in shapes.items())
         valid = " or ".join(str(shape[:i]) for i in range(len(shape), 0, -1))
         raise Misfit(

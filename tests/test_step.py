@@ -254,6 +254,10 @@ def measured(scores, batch):
     return Terms(-scores.logp, weight=batch.mask, metrics={"logp": scores.logp.mean()})
 
 
+def scaled(scores, batch):
+    return Terms(-scores.logp, weight=batch.mask, scale=batch.score)
+
+
 @pytest.mark.parametrize(
     ("objective", "says"),
     [
@@ -262,6 +266,7 @@ def measured(scores, batch):
         (summed, r"summed returns .* fit in 'all': loss \(16, 12\), weight \(16,\)\."),
         (shortened, r"loss \(16, 11\), weight \(16, 11\), count \(16, 12\)\."),
         (measured, r"loss \(16, 12\), weight \(16, 12\), metric 'logp' \(\)\."),
+        (scaled, r"scaled returns a scale of shape \(16,\); valid: a number"),
         (lambda scores, batch: scores.logp, r"<lambda> returns \w*Tracer; valid: Terms, or a dict"),
         (
             lambda scores, batch: {"a": scores.logp},
