@@ -247,7 +247,11 @@ def summed(scores, batch):
 
 
 def shortened(scores, batch):
-    return Terms(-scores.logp[:, 1:], weight=batch.mask[:, 1:], count=batch.mask)
+    return Terms(-scores.logp[:, 1:], weight=batch.mask[:, 1:])
+
+
+def counted(scores, batch):
+    return Terms(-scores.logp, weight=batch.mask, count=batch.mask.any(-1))
 
 
 def measured(scores, batch):
@@ -264,7 +268,8 @@ def scaled(scores, batch):
         (averaged, r"averaged returns shapes that do not fit: loss \(\), weight \(16, 12\)\. All"),
         (scalar, r"scalar returns .*: loss \(\), weight \(\)\. .* one of \(16, 12\) or \(16,\):"),
         (summed, r"summed returns .* fit in 'all': loss \(16, 12\), weight \(16,\)\."),
-        (shortened, r"loss \(16, 11\), weight \(16, 11\), count \(16, 12\)\."),
+        (shortened, r"loss \(16, 11\), weight \(16, 11\)\. All must be one of"),
+        (counted, r"loss \(16, 12\), weight \(16, 12\), count \(16,\)\."),
         (measured, r"loss \(16, 12\), weight \(16, 12\), metric 'logp' \(\)\."),
         (scaled, r"scaled returns a scale of shape \(16,\); valid: a number"),
         (lambda scores, batch: scores.logp, r"<lambda> returns \w*Tracer; valid: Terms, or a dict"),
