@@ -1,7 +1,7 @@
 """What slots that are refilled save, and what a produced token costs where some texts are long.
 
-    python benchmarks/slots.py --set size=S            # slots against batches of as many rows
-    python benchmarks/slots.py --set size=S --spread   # longest text of 2 and of 8 times the mean
+    python benchmarks/slots.py --set size=S                           # against batches of 32 rows
+    python benchmarks/slots.py --set size=S --set windows=4 --spread  # longest text 2, 8 × the mean
 
 Prompts of 32 tokens, 32 slots, responses of 24 tokens on average. The first way has 256 prompts and
 responses of at most 128 tokens; the second 1024 prompts, 32 times the slots.
@@ -58,29 +58,31 @@ def refill(settings: list[str]) -> None:
 
 
 def spread(settings: list[str]) -> None:
-    """Cost of a token while prompts wait; the tail, when slots run dry, apart."""
+    """Cost of a token of the whole queue, its tail included, when slots run dry."""
     ways = {}
-    for times in (2, 8):
+    for times, given in (
+        (2, [*settings, "windows=1"]),
+        (8, settings),
+    ):  # 2 times the mean: one size
         prompts, say = sampler(
-            settings, rows=32 * SLOTS, longest=times * MEAN, mean=untruncated(times * MEAN)
+            given, rows=32 * SLOTS, longest=times * MEAN, mean=untruncated(times * MEAN)
         )
         ways[times] = partial(lambda say, prompts: [say(prompts, slots=SLOTS)], say, prompts)
     found, seconds = timed(ways)
-    share, tokens = {}, {}
+    tokens = {}
     for times, (made,) in found.items():
         length, last = np.asarray(made.mask.sum(1)), np.asarray(made.steps)
-        steady = int((last - length).max())  # the step in which the last prompt was begun
-        share[times] = steady / last.max()
-        tokens[times] = length.sum() - np.maximum(last - steady, 0).sum()
+        tokens[times] = length.sum()
+        begun = (last - length)[-SLOTS // 8 :].min()  # the last prompts; who moved has waited
         print(
             f"{times}×: {length.sum()} tokens, {length.mean():.1f} on average, {length.max()} at "
-            f"most; {last.max()} steps, the last {last.max() - steady} without prompts that wait; "
+            f"most; {last.max()} steps, the last {last.max() - begun} without prompts that wait; "
             f"{statistics.median(seconds[times]):.3f} s"
         )
-    costs = {n: [s * share[n] / tokens[n] for s in seconds[n]] for n in ways}
+    costs = {n: [s / tokens[n] for s in seconds[n]] for n in ways}
     ratios = sorted(b / a for a, b in zip(costs[2], costs[8], strict=True))
     print(
-        f"a token while prompts wait, 8× / 2×: {statistics.median(ratios):.2f} of the time "
+        f"a token, 8× / 2×: {statistics.median(ratios):.2f} of the time "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
 
@@ -92,7 +94,9 @@ def sampler(settings: list[str], *, rows: int, longest: int, mean: float) -> tup
     model, spec = config.learners["policy"].model, config.rollouts
     params, key = jax.jit(model.init)(jax.random.key(0)), jax.random.key(1)
     prompts = jax.tree.map(jnp.asarray, next(iter(feed.opened(config, "prompts"))))
-    made = partial(generate, model=model, length=spec.length, sampling=spec.sampling)
+    made = partial(
+        generate, model=model, length=spec.length, sampling=spec.sampling, windows=spec.windows
+    )
     say = jax.jit(made, static_argnames="slots")
     return prompts, lambda part, slots=None: say(params, part, key, slots=slots)
 

@@ -74,11 +74,6 @@ def check_rows(config: Config, mesh: Sequence[int]) -> None:
             check_slots(rows, spec.slots, samples=spec.samples, groups=writers)
         except ValueError as error:
             raise ConfigError(f"rollouts.slots: {error}") from error
-        if spec.windows > 1 and spec.slots is not None and spec.slots < rows:
-            raise ConfigError(
-                f"rollouts.windows={spec.windows}: a cache of {spec.slots} slots for {rows} texts "
-                "does not grow; leave out one of the two"
-            )
         parts = spec.microbatches * data * fsdp
         if spec.widths and rows % parts:
             raise ConfigError(

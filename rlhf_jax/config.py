@@ -101,7 +101,7 @@ class Rollouts:
     ahead: bool = False  # sample the next step's before this step's update: one step off-policy
     chunks: int = 1  # of the prompts: others are sampled while the host pays for one; see lanes.py
     slots: int | None = None  # texts written at a time: when one ends, the next begins; None: all
-    windows: int = 1  # compiled sizes of the cache, which grows with the texts; without slots
+    windows: int = 1  # sizes of the cache, each with a loop of its own; slots of each size
     sampling: Sampling = Sampling()
     policy: str = "policy"
     reference: str | None = "reference"  # None: no KL

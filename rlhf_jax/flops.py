@@ -73,25 +73,29 @@ def update_bytes(model: Any, *, passes: float) -> float:
 def of_program(jaxpr: Any, *, at_most: int = 1) -> float:
     """Operations of all matrix products that a traced program does, over all devices.
 
-    A scan's body counts as often as it runs, a loop whose end depends on data `at_most` times, of a
-    choice the branch that does most. What a backward pass recomputes is part of it.
+    A scan's body counts as often as it runs, a loop whose end depends on data `at_most` times in
+    all, whatever loop it is in; of a choice the branch that does most. What a backward pass
+    recomputes is part of it.
     """
+    return _operations(jaxpr, at_most, 1)
+
+
+def _operations(jaxpr: Any, at_most: int, times: int) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, given = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = given["dimension_numbers"]
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+            total += times * 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
             continue
+        again = at_most if name == "while" else times
         inner = [
-            [of_program(getattr(x, "jaxpr", x), at_most=at_most) for x in _flat(value)]
+            [_operations(getattr(x, "jaxpr", x), at_most, again) for x in _flat(value)]
             for value in given.values()
         ]
         inner = [count for counts in inner for count in counts]
-        if name == "while":
-            total += at_most * sum(inner)
-        elif name == "cond":
+        if name == "cond":
             total += max(inner)
         elif name == "shard_map":  # of one device
             total += given["mesh"].size * sum(inner)

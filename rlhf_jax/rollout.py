@@ -7,11 +7,14 @@ the policy chose: what an environment writes between them moves no random number
 
 Texts are written in slots. With as many slots as texts all begin at once and the loop ends with the
 longest; with fewer a slot whose text has ended takes the next prompt, so that the cost follows the
-tokens that are written.
+tokens that are written. A step reads the whole cache, so a cache can have several sizes: all texts
+grow into the next one, or each moves to a larger slot when it is too long for its own.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +28,7 @@ from rlhf_jax.models import cache as caches
 from rlhf_jax.sampling import Sampling
 from rlhf_jax.sharding import WRITERS, row_groups, split_rows
 from rlhf_jax.types import Params, Prompts, Rollout
-from rlhf_jax.writing import Desk, Slots, Writer, started
+from rlhf_jax.writing import Desk, Slots, Texts, Writer, started
 
 WAVE = 8  # a slot in so many is refilled at once: one prefill of several prompts
 
@@ -55,8 +58,9 @@ def generate(
     Result arrays are `[b, p + length (1 + k)]`. What breaks its contract earns nan.
 
     `slots` texts are written at a time (None: all). `samples` says that so many rows in a row have
-    the same prompt, which is then read once. Without slots the cache can grow in so many `windows`,
-    each a loop of its own, so that a step reads what was written and not what may be.
+    the same prompt, which is then read once. The cache has so many sizes as there are `windows`,
+    each with a loop of its own, so that a step reads what was written and not what may be; with
+    slots, there are as many of each size. A cache of a model's own has one size.
     """
     prompts = split_rows(prompts, over=WRITERS)
     keys = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))(
@@ -79,38 +83,21 @@ def generate(
         Desk(groups, plain), wave,
     )  # fmt: skip
 
-    def more(carry):
-        texts, slots = carry
-        waiting = False if plain else writer.waiting(slots).any()
-        return writer.alive(texts, slots.row).any() | waiting
-
-    def step(carry):
-        texts, slots = carry
-        slots = writer.decode(texts, slots)
-        return writer.choose(texts, slots if plain else writer.refilled(texts, slots))
-
+    sizes = cache_sizes(p, length, 1 + k, windows=windows if caches.resizable(model) else 1)
     row = jnp.tile(jnp.arange(size // groups, dtype=jnp.int32), groups)
-    rooms = [p + -(-(capacity - p) * i // windows) for i in range(1, windows + 1)]
-    rooms = rooms if plain else [capacity]
-    cache = model.empty_cache(size, rooms[0])
+    cache = model.empty_cache(size, sizes[0][1])
     hidden, part = writer.begun(row, cache)
-    state = Slots(
+    slots = Slots(
         row=row,
         turn=jnp.zeros((size, 1), jnp.int32),
         count=jnp.zeros((size,), jnp.int32),
         hidden=hidden,
         cache=caches.inserted(cache, part),
+        turns=jnp.int32(sizes[0][0]),
         following=jnp.full((groups,), size // groups, jnp.int32),
-        step=jnp.int32(0),
     )
-    texts, slots = writer.choose(started(prompts, world, capacity, pad), state)
-    for room in rooms:
-        # A step's tokens must find room; where the room is all there is, they do.
-        slots = slots._replace(cache=caches.lengthened(slots.cache, room))
-        fits = (lambda slots: True) if room == capacity else partial(caches.fits, tokens=1 + k)
-        texts, slots = jax.lax.while_loop(
-            lambda carry, fits=fits: more(carry) & fits(carry[1].cache), step, (texts, slots)
-        )
+    texts, slots = writer.choose(started(prompts, world, capacity, pad), slots)
+    texts = (_together if plain else _in_turns)(writer, texts, slots, sizes)
     earned = jnp.zeros(texts.logp.shape, jnp.float32)
     if environment is not None:
         broken = texts.mask & ~texts.world.valid[:, None]
@@ -128,6 +115,72 @@ def generate(
         earned=earned,
         steps=texts.finished + 1,
     )
+
+
+def cache_sizes(prompt: int, length: int, turn: int, *, windows: int) -> list[tuple[int, int]]:
+    """Of each size of the cache: turns of `turn` tokens, and tokens with the prompt."""
+    turns = sorted({-(-length * i // windows) for i in range(1, windows + 1)})
+    return [(n, prompt + n * turn) for n in turns]
+
+
+def _together(writer: Writer, texts: Texts, slots: Slots, sizes: Sequence) -> Texts:
+    """A slot for every text; their cache grows with the longest."""
+
+    def more(carry):
+        texts, slots = carry
+        return writer.alive(texts, slots).any() & (texts.step <= slots.turns)
+
+    def step(carry):
+        texts, slots = carry
+        return writer.choose(texts, writer.decode(texts, slots))
+
+    for turns, room in sizes:
+        cache = caches.lengthened(slots.cache, room)
+        slots = slots._replace(cache=cache, turns=jnp.int32(turns))
+        texts, slots = jax.lax.while_loop(more, step, (texts, slots))
+    return texts
+
+
+def _in_turns(writer: Writer, texts: Texts, slots: Slots, sizes: Sequence) -> Texts:
+    """Fewer slots than texts, as many of each size: the next text begins where one ends.
+
+    A text that is too long for its slot moves as soon as a larger one is free, and slots in which
+    none waits for that write, the smallest first: so nearly all larger ones are taken when they do.
+    """
+    larger = [writer.larger(slots, room, *size) for (_, room), size in itertools.pairwise(sizes)]
+
+    def move(carry, i):
+        texts, tiers = carry
+        return texts, (*tiers[:i], *writer.moved(texts, *tiers[i : i + 2]), *tiers[i + 2 :])
+
+    def step(carry, i):
+        texts, tiers = carry
+        slots = writer.decode(texts, tiers[i])
+        texts, slots = writer.choose(texts, slots if i else writer.refilled(texts, slots))
+        return texts, (*tiers[:i], slots, *tiers[i + 1 :])
+
+    ways = [partial(move, i=i) for i in range(len(larger))]
+    ways += [partial(step, i=i) for i in range(len(sizes))]
+
+    def first(carry):
+        """The first of the ways that is possible, or their number."""
+        texts, tiers = carry
+        leaving = [writer.leaving(texts, slots) for slots in tiers]
+        free = [writer.free(texts, slots) for slots in tiers]
+        moves = [(a.any(1) & b.any(1)).any() for a, b in zip(leaving[:-1], free[1:], strict=True)]
+        steps = [
+            writer.busy(texts, slots).any() & ~a.any()
+            for slots, a in zip(tiers, leaving, strict=True)
+        ]
+        return jnp.argmax(jnp.stack([*moves, *steps, jnp.bool_(True)]))
+
+    def round(carry):  # a loop each: XLA copies what a choice between them would change
+        for i, way in enumerate(ways):
+            carry = jax.lax.while_loop(lambda carry, i=i: first(carry) == i, way, carry)
+        return carry
+
+    carry = texts, (slots, *larger)
+    return jax.lax.while_loop(lambda carry: first(carry) < len(ways), round, carry)[0]
 
 
 def check_slots(rows: int, slots: int | None, *, samples: int = 1, groups: int = 1) -> None:

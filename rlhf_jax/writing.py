@@ -26,11 +26,12 @@ class Texts(NamedTuple):
     index: Int[Array, "n"]  # tokens that the policy chose
     end: Int[Array, "n"]  # tokens in the text
     done: Bool[Array, "n"]  # a stop token, or the environment said so
-    finished: Int[Array, "n"]  # step of the loop in which its last token was chosen, from 0
+    finished: Int[Array, "n"]  # step in which its last token was chosen, from 0
     tokens: Int[Array, "n t"]
     mask: Bool[Array, "n t"]
     logp: Float[Array, "n t"]
     behaviour_logp: Float[Array, "n t"]
+    step: Int[Array, ""]  # how often a token was chosen until now
     world: World | None  # None: no environment
 
 
@@ -42,8 +43,8 @@ class Slots(NamedTuple):
     count: Int[Array, "s"]  # how many it wrote
     hidden: Float[Array, "s d"]  # what the next token is chosen from
     cache: Any
+    turns: Int[Array, ""]  # of a text, for which the cache has room
     following: Int[Array, "g"]  # of each group, the first text that nobody has begun
-    step: Int[Array, ""]
 
 
 class Desk(NamedTuple):
@@ -99,6 +100,7 @@ def started(prompts: Prompts, world: World | None, capacity: int, pad: int) -> T
         mask=jnp.zeros((b, capacity), bool),
         logp=zeros,
         behaviour_logp=zeros,
+        step=jnp.int32(0),
         world=world,
     )
 
@@ -121,13 +123,14 @@ def _chosen(desk, texts, slots, token, logp, behaviour, stop, live) -> tuple[Tex
         index=desk.write(texts.index, row, index + live),
         end=desk.write(texts.end, row, end + live),
         done=desk.write(texts.done, row, done | (ended & live)),
-        finished=desk.write(texts.finished, row, jnp.where(live, slots.step, finished)),
+        finished=desk.write(texts.finished, row, jnp.where(live, texts.step, finished)),
         tokens=desk.write_at(texts.tokens, row, at, token),
         mask=desk.write_at(texts.mask, row, at, live),
         logp=desk.write_at(texts.logp, row, at, of_token(logp)),
         behaviour_logp=desk.write_at(texts.behaviour_logp, row, at, of_token(behaviour)),
+        step=texts.step + 1,
     )
-    return texts, slots._replace(turn=token[:, None], step=slots.step + 1)
+    return texts, slots._replace(turn=token[:, None])
 
 
 def _answered(desk, texts, slots, answer, live) -> tuple[Texts, Slots]:
@@ -191,18 +194,26 @@ class Writer:
         hidden, part = apply_at(self.model, self.params, tokens, last, **given)
         return jnp.repeat(hidden[:, 0], self.samples, axis=0), caches.repeated(part, self.samples)
 
-    def alive(self, texts, row):
+    def alive(self, texts, slots):
         """Slots whose text goes on."""
         going = ~texts.done & (texts.index < self.length)
-        return self.desk.read(going, row) & (row < self.queue)
+        return self.desk.read(going, slots.row) & (slots.row < self.queue)
+
+    def free(self, texts, slots):
+        """[g, s / g]: slots whose text has ended."""
+        return ~self.alive(texts, slots).reshape(self.desk.groups, -1)
 
     def waiting(self, slots):
         """[g]: there are prompts that nobody has begun."""
         return slots.following < self.queue
 
+    def busy(self, texts, slots):
+        """[g]: there is something to write."""
+        return ~self.free(texts, slots).all(1) | self.waiting(slots)
+
     def choose(self, texts, slots):
         """Draw the next token of every text that goes on; let the environment answer."""
-        desk, row, live = self.desk, slots.row, self.alive(texts, slots.row)
+        desk, row, live = self.desk, slots.row, self.alive(texts, slots)
         heat = jnp.full(row.shape, self.sampling.temperature, jnp.float32)
         logp = log_probabilities(self.model.logits(self.params, slots.hidden), heat)
         behaviour = filtered(logp, self.sampling)
@@ -222,7 +233,7 @@ class Writer:
         end = self.desk.read(texts.end, slots.row)
         place = jnp.arange(slots.turn.shape[1])[None]
         at = (end - 1 - slots.count)[:, None] + place
-        unsaid = ~self.alive(texts, slots.row)[:, None] | (place > slots.count[:, None])
+        unsaid = ~self.alive(texts, slots)[:, None] | (place > slots.count[:, None])
         at = jnp.where(unsaid, -1, at)
         given = {"positions": at, "cache": slots.cache}
         newest = slots.count[:, None] if slots.turn.shape[1] > 1 else None
@@ -231,7 +242,7 @@ class Writer:
 
     def refilled(self, texts, slots):
         """The next prompts of each queue take free slots, `wave` at once, where so many are."""
-        free = ~self.alive(texts, slots.row).reshape(self.desk.groups, -1)
+        free = self.free(texts, slots)
         wanted = (free.sum(1) >= self.wave) & self.waiting(slots)
 
         def take(slots):
@@ -248,3 +259,40 @@ class Writer:
             )
 
         return jax.lax.cond(wanted.any(), take, lambda slots: slots, slots)
+
+    def larger(self, slots, held, turns, room):
+        """As many slots of `room`, all free, for texts that had so much as is `held`."""
+        cache = caches.behind(self.model.empty_cache(slots.row.shape[0], room), held)
+        return slots._replace(
+            row=jnp.full_like(slots.row, self.queue),
+            cache=cache,
+            turns=jnp.int32(turns),
+            following=jnp.full_like(slots.following, self.queue),
+        )
+
+    def leaving(self, texts, slots):
+        """[g, s / g]: slots whose text goes on, without room for its next turn."""
+        index = self.desk.read(texts.index, slots.row)
+        return (self.alive(texts, slots) & (index > slots.turns)).reshape(self.desk.groups, -1)
+
+    def moved(self, texts, slots, above):
+        """Texts that are leaving go on in free slots `above`, `wave` at once."""
+
+        def first(which):
+            place = jnp.argsort(~which, axis=1, stable=True)[:, : self.wave]
+            return place, jnp.take_along_axis(which, place, axis=1)
+
+        (out, left), (into, free) = (
+            first(self.leaving(texts, slots)),
+            first(self.free(texts, above)),
+        )
+        none = slots.row.shape[0]  # out of range: drop
+        out, into = (jnp.where(left & free, at, none) for at in (out, into))
+
+        def put(old, new):
+            return caches.inserted(old, caches.taken(new, out), into)
+
+        names = ("row", "turn", "count", "hidden", "cache")
+        above = above._replace(**{n: put(getattr(above, n), getattr(slots, n)) for n in names})
+        nobody = jnp.full(out.size, self.queue, jnp.int32)
+        return slots._replace(row=caches.inserted(slots.row, nobody, out)), above

@@ -245,7 +245,6 @@ def with_rollouts(**fields):
         (with_rollouts(chunks=2, ahead=True), "rollouts.ahead=True samples the next step's"),
         (with_rollouts(slots=3), "rollouts.slots: 3 slots for 32 texts"),
         (with_rollouts(slots=0), "rollouts.slots: 0: at least 1"),
-        (with_rollouts(slots=16, windows=4), "windows=4: a cache of 16 slots for 32 texts"),
         (with_rollouts(length=2000), "rollouts.length=2000 exceed the model's context of 1024"),
         (with_rollouts(sampling=Sampling(temperature=0.0)), "for greedy decoding set top_k=1"),
         (with_rollouts(sampling=Sampling(top_p=1.5)), "rollouts.sampling.top_p=1.5"),

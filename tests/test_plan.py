@@ -198,6 +198,11 @@ def test_keys_and_values_are_divided_as_the_rollout_divides_them(config):
     half = replace(config, rollouts=replace(config.rollouts, slots=4))
     assert cache_bytes(half, mesh, (8, 7)) == each / 8
     assert cache_bytes(config, {**mesh, "tensor": 2}, (8, 7)) == each / 8
+    # Prompts of three and responses of two and of four: slots are of both sizes, all texts of one.
+    windows = replace(config, rollouts=replace(config.rollouts, windows=2))
+    assert cache_bytes(windows, mesh, (8, 7)) == each / 4
+    windows = replace(half, rollouts=replace(half.rollouts, windows=2))
+    assert cache_bytes(windows, mesh, (8, 7)) == each / 8 * (1 + 5 / 7)
 
 
 HAND = """
@@ -242,12 +247,24 @@ HloModule hand, is_scheduled=true
   ROOT %is = pred[] compare(%m, %zero), direction=NE
 }
 
+%round (outer: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %outer = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %inner = (s32[], f32[4,8]{1,0}) while(%outer), condition=%unsure, body=%again
+}
+
+%still (outer.1: (s32[], f32[4,8])) -> pred[] {
+  %outer.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%outer.1), index=0
+  %none = s32[] constant(0)
+  ROOT %differs = pred[] compare(%k, %none), direction=NE
+}
+
 ENTRY %main (p: f32[4,8]) -> f32[] {
   %p = f32[4,8]{1,0} parameter(0)
   %start = s32[] constant(0)
   %first = (s32[], f32[4,8]{1,0}) tuple(%start, %p)
   %loop = (s32[], f32[4,8]{1,0}) while(%first), condition=%more, body=%body
-  %open = (s32[], f32[4,8]{1,0}) while(%loop), condition=%unsure, body=%again
+  %open = (s32[], f32[4,8]{1,0}) while(%loop), condition=%still, body=%round
   %q = bf16[16]{0} constant({...})
   %all = bf16[16]{0} all-reduce(%q), channel_id=2, replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, to_apply=%add
   %part = bf16[2]{0} reduce-scatter(%q), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
@@ -259,7 +276,7 @@ ENTRY %main (p: f32[4,8]) -> f32[] {
 def test_messages_of_a_program_written_by_hand():
     mesh = sharding.make_mesh((2, 2, 2, 1))
     program = compiled.parse(HAND)
-    assert program.trips == {"body": 5, "again": None}  # 0, 2, 4, 6, 8
+    assert program.trips == {"body": 5, "again": None, "round": None}  # 0, 2, 4, 6, 8
     found = {(one.kind, one.axes): one for one in collectives.collectives(program, mesh)}
     gather = found["all-gather", ("fsdp",)]
     assert (gather.count, gather.bytes, gather.moved) == (5, 5 * 8 * 8 * 4, 5 * 4 * 8 * 4)
@@ -329,6 +346,11 @@ def test_loops_count_as_often_as_they_run():
 
     assert flops.of_program(jax.make_jaxpr(scanned)(x)) == 5 * 2 * 4**3
     assert flops.of_program(jax.make_jaxpr(open_ended)(x), at_most=7) == 7 * 2 * 4**3
+
+    def in_rounds(x):  # the inner loop runs so often in all
+        return jax.lax.while_loop(lambda x: x.sum() > 0, open_ended, scanned(x))
+
+    assert flops.of_program(jax.make_jaxpr(in_rounds)(x), at_most=7) == (5 + 7) * 2 * 4**3
 
 
 def test_advice_names_the_amounts(config):

@@ -60,11 +60,23 @@ def test_samples_are_those_of_plain_generation_however_many_slots(model, params,
     assert plain.steps.max() <= LENGTH < found.steps.max()
 
 
-def test_so_do_layers_that_are_scanned_and_a_sliding_window(model, params):
+@pytest.mark.parametrize("windows", [1, 3])
+def test_so_do_layers_that_are_scanned_and_a_sliding_window(model, params, windows):
     odd = replace(model, scan=True, window=3, local_layers=(True, False))
     stacked = toys.weights(odd)
     expected = jax.device_get(say(stacked, queue(), model=odd))
-    assert_same(say(stacked, queue(), model=odd, slots=6), expected)
+    assert_same(say(stacked, queue(), model=odd, slots=6, windows=windows), expected)
+
+
+@pytest.mark.parametrize(("slots", "windows"), [(1, 2), (6, 3), (16, 4)])
+def test_texts_that_move_to_larger_slots_are_the_same(model, params, plain, slots, windows):
+    written = plain.mask.sum(1)
+    assert written.max() == LENGTH and (written < LENGTH / windows).any()  # some move, some do not
+    found = say(params, queue(), model=model, slots=slots, windows=windows)
+    assert_same(found, plain)
+    # Larger slots write when they are taken, not when one of them is.
+    steps = found.steps.max()
+    assert written.sum() / slots <= steps <= written.sum() / slots + 2 * LENGTH
 
 
 def test_prompts_that_several_samples_share_are_read_once(model, params):
@@ -72,26 +84,31 @@ def test_prompts_that_several_samples_share_are_read_once(model, params):
     assert len({tuple(row) for row in expected.tokens}) == ROWS  # samples differ
     assert_same(say(params, queue(4), model=model, samples=4), expected)
     assert_same(say(params, queue(4), model=model, slots=8, samples=4), expected)
+    assert_same(say(params, queue(4), model=model, slots=8, samples=4, windows=2), expected)
 
 
-def test_slots_of_a_mesh_keep_to_their_own_prompts(model, params, plain):
+@pytest.mark.parametrize("windows", [1, 3])
+def test_slots_of_a_mesh_keep_to_their_own_prompts(model, params, plain, windows):
     """Four parts of the rows: no array of texts crosses the mesh inside the loop."""
     mesh = sharding.make_mesh((2, 2, 2, 1))
     with jax.set_mesh(mesh):
         rows = jax.device_put(queue(), sharding.rows(mesh))
-        made = jax.jit(say, static_argnames=("model", "slots"), out_shardings=sharding.rows(mesh))
-        assert_same(made(params, rows, model=model, slots=8), plain)
+        made = partial(say, model=model, slots=8, windows=windows)
+        made = jax.jit(made, out_shardings=sharding.rows(mesh))
+        assert_same(made(params, rows), plain)
 
 
 def test_an_environment_answers_in_slots_too():
-    @partial(jax.jit, static_argnames="slots")
-    def run(prompts, slots):
+    @partial(jax.jit, static_argnames=("slots", "windows"))
+    def run(prompts, slots, windows=1):
         return generate(
             toys.chain(20), prompts, jax.random.key(0), model=toys.Table(20), length=4,
-            sampling=Sampling(stop=(-1,)), pad=9, environment=JUMPS, slots=slots,
+            sampling=Sampling(stop=(-1,)), pad=9, environment=JUMPS, slots=slots, windows=windows,
         )  # fmt: skip
 
-    assert_same(run(names_of(), 4), jax.device_get(run(names_of(), None)))
+    expected = jax.device_get(run(names_of(), None))
+    assert_same(run(names_of(), 4), expected)
+    assert_same(run(names_of(), 4, 2), expected)  # a cache of the model's own has one size
 
 
 def rooms_of(program):
@@ -104,14 +121,15 @@ def rooms_of(program):
 @pytest.mark.parametrize("kind", ["unrolled", "scanned", "an environment"])
 def test_a_cache_that_grows_with_the_texts_changes_no_sample(model, params, plain, kind):
     """Prompts of four and responses of twelve tokens, in three windows of four."""
-    if kind == "an environment":
+    if kind == "an environment":  # three tokens a turn
         call = partial(
             generate, toys.weights(world := replace(model, vocab=20)), names_of(),
             jax.random.key(0), model=world, length=5, sampling=Sampling(stop=(-1,)), pad=9,
             environment=JUMPS,
         )  # fmt: skip
-        expected, found = (jax.jit(partial(call, windows=n))() for n in (1, 3))
-        return assert_same(found, jax.device_get(expected))
+        expected = jax.device_get(jax.jit(call)())
+        assert_same(jax.jit(partial(call, windows=3))(), expected)
+        return assert_same(jax.jit(partial(call, windows=3, slots=4))(), expected)
     if kind == "scanned":
         model, params = replace(model, scan=True), toys.stacked(params, model.layers)
     assert_same(say(params, queue(), model=model, windows=3), plain)
@@ -119,13 +137,14 @@ def test_a_cache_that_grows_with_the_texts_changes_no_sample(model, params, plai
         traced = jax.make_jaxpr(partial(say, model=model, windows=3))(params, queue())
         assert rooms_of(traced) == [8, 12, 16]
         traced = jax.make_jaxpr(partial(say, model=model, windows=3, slots=8))(params, queue())
-        assert rooms_of(traced) == [16]
+        assert rooms_of(traced) == [8, 12, 16]
 
 
 def test_a_cache_of_codes_says_the_same_in_slots_in_windows_and_scanned(model, params):
     coded = replace(model, cache_dtype="int8")
     expected = jax.device_get(say(params, queue(4), model=coded))
     assert_same(say(params, queue(4), model=coded, slots=8, samples=4), expected)
+    assert_same(say(params, queue(4), model=coded, slots=8, samples=4, windows=2), expected)
     assert_same(say(params, queue(4), model=coded, windows=2), expected)
     stacked = toys.stacked(params, model.layers)
     assert_same(say(stacked, queue(4), model=replace(coded, scan=True)), expected)

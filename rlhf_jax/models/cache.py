@@ -61,14 +61,10 @@ def empty(rows: int, length: int, *, layers: int, heads: int, size: int, dtype, 
 def placed(cache: Cache, positions: Int[Array, "b t"]) -> Cache:
     """The cache in which the next t entries hold tokens of these places; −1 is padding."""
     positions = positions.astype(jnp.int32)
-    used = jnp.where(fits(cache, positions.shape[1]), cache.used, cache.first)
+    fits = cache.used + positions.shape[1] <= cache.places.shape[1]
+    used = jnp.where(fits, cache.used, cache.first)
     places = jax.lax.dynamic_update_slice_in_dim(cache.places, positions, used, axis=1)
     return cache._replace(places=places, used=used)
-
-
-def fits(cache: Any, tokens: int) -> Bool[Array, ""] | bool:
-    """There is room for so many tokens more."""
-    return cache.used + tokens <= cache.places.shape[1] if isinstance(cache, Cache) else True
 
 
 def written(
@@ -123,6 +119,16 @@ def room(cache: Any, prompt: int, capacity: int) -> int:
     return prompt if isinstance(cache, Cache) else capacity
 
 
+def resizable(model: Any) -> bool:
+    """The model's cache is one of these, not one of its own."""
+    return isinstance(jax.eval_shape(lambda: model.empty_cache(1, 1)), Cache)
+
+
+def behind(cache: Cache, length: int) -> Cache:
+    """The same, in which the next entry is the one behind so many, which are not written over."""
+    return cache._replace(used=jnp.int32(length), first=jnp.int32(length))
+
+
 def lengthened(cache: Any, length: int) -> Any:
     """The same with room for `length` tokens a row."""
     if not isinstance(cache, Cache):
@@ -174,12 +180,21 @@ def inserted(cache: Any, part: Any, rows: Int[Array, "g r"] | None = None) -> An
     if not isinstance(cache, Cache):
         return jax.tree.map(put, cache, part)
     length = part.places.shape[1]
-    behind = ((0, 0), (0, cache.places.shape[1] - length))
-    wide = jnp.pad(part.places, behind, constant_values=-1)
+    more = ((0, 0), (0, cache.places.shape[1] - length))
+    wide = jnp.pad(part.places, more, constant_values=-1)
     found = _map(put, cache, part._replace(places=wide))
-    if rows is None:
-        found = found._replace(used=jnp.int32(length), first=jnp.int32(length))
-    return found
+    return behind(found, length) if rows is None else found
+
+
+def taken(cache: Any, rows: Int[Array, "g r"]) -> Any:
+    """These rows of each of g equal groups, numbered within the group; out of range: any."""
+
+    def each(x):
+        split = x.reshape(rows.shape[0], -1, *x.shape[1:])
+        found = jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(split, rows)
+        return found.reshape(-1, *x.shape[1:])
+
+    return _map(each, cache)
 
 
 def _map(fn, cache: Any, *others: Any) -> Any:

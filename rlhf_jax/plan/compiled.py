@@ -88,7 +88,8 @@ def visited(program: Program, at_most: int | None) -> Iterator[tuple]:
     """Every instruction, its computation, how often it runs, and what is known of that.
 
     The last two are whether that is the most it can be, as in a loop whose end depends on data and
-    that runs `at_most` times, and whether nobody knows, because that is None: it counts once.
+    that runs `at_most` times, whatever loop it is in, and whether nobody knows, because that is
+    None: it counts once.
     """
 
     def walk(name, times, bounded, unknown):
@@ -98,7 +99,7 @@ def visited(program: Program, at_most: int | None) -> Iterator[tuple]:
                 body = re.search(r"body=%?([\w.\-]+)", one.text)[1]
                 n = program.trips[body]
                 if n is None:
-                    again = times * (1 if at_most is None else at_most)
+                    again = times * (1 if at_most is None or bounded else at_most)
                     yield from walk(body, again, True, unknown or at_most is None)
                 else:
                     yield from walk(body, times * n, bounded, unknown)

@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 
 from rlhf_jax import flops, sharding
 from rlhf_jax.config import Config
+from rlhf_jax.models.cache import resizable
 from rlhf_jax.plan import collectives, compiled
 from rlhf_jax.plan.chips import Target
 from rlhf_jax.plan.programs import Program, Run, device_bytes
+from rlhf_jax.rollout import cache_sizes
 
 LARGEST = 6  # arrays that are named
 
@@ -37,15 +39,28 @@ def cache_bytes(config: Config, mesh: Mapping[str, int], text: tuple[int, int] |
 
     `text` has the rows and tokens of a rollout; None: there is none.
     """
+    sizes = _cache_bytes(config, mesh, text)
+    spec = config.rollouts
+    refilled = text is not None and (spec.slots or text[0]) < text[0] // spec.chunks
+    return sum(sizes) if refilled else sizes[-1]
+
+
+def _cache_bytes(config, mesh, text) -> list[int]:
+    """The same of each size of the cache."""
     model = config.models[config.rollouts.policy] if text is not None else None
     if not hasattr(model, "empty_cache"):
-        return 0
-    rows = text[0] // config.rollouts.chunks
-    rows = min(rows, config.rollouts.slots or rows)
-    made = jax.eval_shape(lambda: model.empty_cache(rows, text[1]))
-    kept = jax.tree.leaves(getattr(made, "layers", made))
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
-    return whole // math.prod(mesh[axis] for axis in (*sharding.WRITERS[0], "tensor"))
+        return [0]
+    spec, (rows, tokens) = config.rollouts, text
+    rows = min(rows // spec.chunks, spec.slots or rows)
+
+    def held(tokens):
+        made = jax.eval_shape(lambda: model.empty_cache(rows, tokens))
+        kept = jax.tree.leaves(getattr(made, "layers", made))
+        whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
+        return whole // math.prod(mesh[axis] for axis in (*sharding.WRITERS[0], "tensor"))
+
+    sizes = cache_sizes(tokens - spec.length, spec.length, 1, windows=_windows(config))
+    return [held(tokens) for _, tokens in sizes]
 
 
 def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> dict[str, Any]:
@@ -82,12 +97,18 @@ def measured(config, program: Program, run: Run, target: Target, mesh: Mesh) -> 
 
 
 def _loops(config: Config, program: Program) -> int | None:
-    """How often a decoding loop can run at most; with windows there are several, one by one."""
+    """How often a decoding loop can run at most; each window has one."""
     if program.name != "rollout":
         return None
     spec, rows = config.rollouts, program.arguments[1].tokens.shape[0]
     waves = -(-rows // min(spec.slots or rows, rows))
-    return -(-(waves * spec.length - 1) // spec.windows)
+    return -(-(waves * spec.length - 1) // _windows(config))
+
+
+def _windows(config: Config) -> int:
+    """Loops, each with a cache of its size."""
+    spec = config.rollouts
+    return spec.windows if resizable(config.models[spec.policy]) else 1
 
 
 def refusal(message: str) -> dict[str, Any]:
@@ -154,7 +175,6 @@ def _parts(config, program, jaxpr, row, target, mesh) -> dict[str, dict[str, flo
         loops = _loops(config, program)
         least = flops.of_program(jaxpr, at_most=0)
         most = flops.of_program(jaxpr, at_most=loops)
-        decoded = loops * config.rollouts.windows
         bounded = [one["bounded"] for one in row["collectives"]]
         sides = [
             [one for one, inside in zip(row["collectives"], bounded, strict=True) if inside is x]
@@ -162,10 +182,11 @@ def _parts(config, program, jaxpr, row, target, mesh) -> dict[str, dict[str, flo
         ]
         rows, prompt = program.arguments[1].tokens.shape
         text = program.times * rows, prompt + config.rollouts.length
-        cache = cache_bytes(config, mesh.shape, text)
+        sizes = _cache_bytes(config, mesh.shape, text)
+        decoded = loops * (len(sizes) * once + sum(sizes))
         return {
             "prefill": part(least, once, sides[0]),
-            "decode": part(most - least, decoded * (once + cache), sides[1]),
+            "decode": part(most - least, decoded, sides[1]),
         }
     read = program.steps * once + 2 * program.updates * device_bytes(program.arguments[:1])
     if not program.models:
