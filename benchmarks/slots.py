@@ -58,7 +58,7 @@ def refill(settings: list[str]) -> None:
 
 
 def spread(settings: list[str]) -> None:
-    """Cost of a token of the whole queue, its tail included, when slots run dry."""
+    """Cost of a token of the whole queue, and of those before the last prompt was begun."""
     ways = {}
     for times, given in (
         (2, [*settings, "windows=1"]),
@@ -69,22 +69,24 @@ def spread(settings: list[str]) -> None:
         )
         ways[times] = partial(lambda say, prompts: [say(prompts, slots=SLOTS)], say, prompts)
     found, seconds = timed(ways)
-    tokens = {}
+    costs, before = {}, {}
     for times, (made,) in found.items():
         length, last = np.asarray(made.mask.sum(1)), np.asarray(made.steps)
-        tokens[times] = length.sum()
-        begun = (last - length)[-SLOTS // 8 :].min()  # the last prompts; who moved has waited
+        begun = (last - length)[-SLOTS // 8 :].min()  # the last prompts; a text that moved waited
+        behind = np.clip(last - begun, 0, length).sum()  # tokens at most
+        costs[times] = np.array(seconds[times]) / length.sum()
+        before[times] = np.array(seconds[times]) * begun / last.max() / (length.sum() - behind)
         print(
             f"{times}×: {length.sum()} tokens, {length.mean():.1f} on average, {length.max()} at "
             f"most; {last.max()} steps, the last {last.max() - begun} without prompts that wait; "
             f"{statistics.median(seconds[times]):.3f} s"
         )
-    costs = {n: [s / tokens[n] for s in seconds[n]] for n in ways}
-    ratios = sorted(b / a for a, b in zip(costs[2], costs[8], strict=True))
-    print(
-        f"a token, 8× / 2×: {statistics.median(ratios):.2f} of the time "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    for name, cost in (("a token", costs), ("a token while prompts wait", before)):
+        ratios = sorted(cost[8] / cost[2])
+        print(
+            f"{name}, 8× / 2×: {statistics.median(ratios):.2f} of the time "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
 
 def sampler(settings: list[str], *, rows: int, longest: int, mean: float) -> tuple:
