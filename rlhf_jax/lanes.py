@@ -16,10 +16,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.sharding import one_cpu
+
 
 def count(mesh: Mesh) -> int:
     """Programs that run at once: as many as this process has cores where one CPU is the mesh."""
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+    if not one_cpu(mesh):
         return 1
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -34,7 +34,7 @@ class Phases:
     init: Callable[[Array], TrainState]
     cut: Callable | None  # prompts -> chunks of them, in front
     join: Callable | None  # pytrees of chunks, one by one -> of all rows
-    copy: Mapping[str, Callable]  # params of one who writes -> as rollouts read them
+    copy: Mapping[str, Callable]  # params of one who writes -> what rollouts read instead
     copied: int  # bytes that each device receives for all these copies
     generate: Callable | None  # params, prompts, key, sampling[, context] -> Rollout
     reward: Callable | None  # rollout, params -> [b, t]
@@ -53,7 +53,12 @@ class Phases:
 
     def written_with(self, params: Mapping[str, Params], names: Iterable[str]) -> dict[str, Params]:
         """Weights as rollouts read them, by name: copies where they lie otherwise."""
-        return {n: self.copy[n](params[n]) if n in self.copy else params[n] for n in names}
+
+        def one(name):
+            own = params[name]
+            return weights.merged(own, self.copy[name](own)) if name in self.copy else own
+
+        return {name: one(name) for name in names}
 
 
 TRANSFORM = 0x7461_6773  # folded into a rollout's key for the prompts' transform: no prompt_id
@@ -161,20 +166,31 @@ def copies(config: Config, mesh: Mesh) -> tuple[dict[str, Callable], int]:
     """Of all who write in rollouts, by name, a program that copies weights, and the bytes received.
 
     Decoding reads all weights at every token, so they are collected once, in the dtype that is
-    computed in, and only tensor divides them. Who has them so already is not copied.
+    computed in, and only tensor divides them; one CPU finds panels beside them. Who has them so
+    already is not copied.
     """
-    found, total = {}, 0
-    for name in config.rollouts.writers if config.rollouts is not None else ():
+    spec, found, total = config.rollouts, {}, 0
+    for name in spec.writers if spec is not None else ():
         model = config.models[name]
         shapes = jax.eval_shape(lambda model=model: model.init(jax.random.key(0)))
         change = partial(weights.in_dtype, dtype=getattr(model, "dtype", "float32"))
         small, places = jax.eval_shape(change, shapes), sharding.shardings(shapes, mesh)
+        if sharding.one_cpu(mesh) and hasattr(model, "panels"):
+            whole = small != shapes
+            found[name] = jax.jit(partial(_with_panels, model=model, change=change, whole=whole))
+            continue
         new = sharding.for_decoding(places)
         moved = sharding.received(small, places, new)
         if moved or small != shapes:
             copy = partial(_layer_by_layer, change=change, places=new)
             found[name], total = jax.jit(copy, out_shardings=new), total + moved
     return found, total
+
+
+def _with_panels(params: Params, *, model: Any, change: Callable, whole: bool) -> Params:
+    """A model's panels; the rest, too, where that changes."""
+    small = change(params)
+    return weights.merged(small, model.panels(small)) if whole else model.panels(small)
 
 
 def _layer_by_layer(params: Params, *, change: Callable, places: Any) -> Params:

@@ -231,6 +231,11 @@ def spread(tree: Any, devices: Sequence | None = None) -> Any:
     return jax.tree.map(one, tree)
 
 
+def one_cpu(mesh: Mesh) -> bool:
+    """The whole mesh is one CPU."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """How a batch is split: its leading axis over data and fsdp."""
     return NamedSharding(mesh, ROWS)

@@ -1,4 +1,4 @@
-"""What rollouts read: a copy of the weights that only tensor divides, in the dtype of computing."""
+"""What rollouts read: weights that only tensor divides, in the dtype of computing; on a CPU panels."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import objectives, phases, sharding
 from rlhf_jax.config import Config, Learner, Rollouts
@@ -53,6 +53,36 @@ def test_weights_that_lie_as_they_are_read_are_not_copied(model):
     made, params = built(model, (2, 1, 4, 1))
     assert not made.copy
     assert made.written_with(params, ["policy"])["policy"] is params["policy"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_cpu_finds_panels_beside_the_weights_and_copies_nothing_else(model, dtype):
+    made, params = built(replace(model, dtype=dtype), (1, 1, 1, 1))
+    found = weights.flat(made.written_with(params, ["policy"])["policy"])
+    own = weights.flat(params["policy"])
+    panels = {name for name in found if name.endswith("panels")}
+    kernels = {name[: -len("kernel")] for name in own if re.match(r"layers.*/kernel$", name)}
+    assert panels == {f"{name}panels" for name in kernels | {"head/"}}
+    assert {found[name].dtype for name in panels} == {jnp.dtype(dtype)}
+    assert found.keys() - panels == own.keys()
+    if dtype == "float32":
+        assert all(found[name] is x for name, x in own.items())
+    assert made.copied == 0
+
+
+def test_what_is_written_with_panels_is_what_is_written_without(model):
+    """In the same programs, but for the rounding of a product."""
+    wide = replace(model, width=64, mlp=128)
+    made, params = built(wide, (1, 1, 1, 1))
+    name = jnp.arange(8)
+    prompts = Prompts(jnp.ones((8, 4), jnp.int32), jnp.full(8, 4), name, 0 * name)
+    with jax.set_mesh(made.mesh):
+        given = prompts, jax.random.key(0), Sampling()
+        found = made.generate(made.written_with(params, ["policy"])["policy"], *given)
+        expected = made.generate(params["policy"], *given)
+    assert_array_equal(found.tokens, expected.tokens)
+    assert_allclose(found.logp, expected.logp, atol=1e-5)
+    assert not np.array_equal(found.logp, expected.logp)  # so panels were read
 
 
 def test_no_weight_crosses_the_mesh_while_texts_are_written(model):

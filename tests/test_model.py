@@ -55,6 +55,33 @@ def test_an_untied_head_is_its_own_matrix(model):
     assert "head" in params and "head" not in toys.weights(model)
 
 
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"scan": True}, {"bias": True}])
+def test_panels_say_what_their_matrices_say_to_few_rows(model, changes):
+    """Of 64 columns, or 100 in two panels; rows that are more than 64 read the matrices."""
+    changes = dict(changes)
+    if changes.pop("bias", False):
+        changes |= {"qkv_bias": True, "mlp_bias": True}
+    wide = replace(model, width=64, mlp=100, vocab=130, **changes)
+    params = toys.weights(wide)
+    both = weights.merged(params, jax.jit(wide.panels)(params))
+    if wide.tied:
+        assert both["head"]["panels"].shape == (3, 64, 64)
+
+    def said(params, rows):
+        hidden = wide.apply(params, jnp.arange(rows * 8).reshape(rows, 8) % 130).hidden
+        return np.asarray(wide.logits(params, hidden))
+
+    assert_allclose(said(both, 8), said(params, 8), atol=1e-4)
+    assert_array_equal(said(both, 9), said(params, 9))
+    unread = weights.nested(
+        {
+            name: jnp.full_like(x, jnp.nan) if "layers" in name and "kernel" in name else x
+            for name, x in weights.flat(both).items()
+        }
+    )
+    assert np.isfinite(said(unread, 8)).all() and not np.isfinite(said(unread, 9)).any()
+
+
 def test_decoding_with_a_cache_equals_the_full_forward(either, hidden, tokens):
     """Prompts of different lengths, then one token at a time where each row stands."""
     model, params = either

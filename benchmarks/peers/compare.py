@@ -182,7 +182,7 @@ def main() -> None:
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
     mean = [] if options.mean is None else [f"mean={options.mean}"]
-    best = ["chunks=2"]  # two halves of the rows at once
+    best = ["chunks=2", "windows=4"]  # two halves of the rows at once; a cache of four sizes
     if options.mean is None:  # with it there are four micro-batches anyway
         best.append("microbatches=2")
     given = [f"size={options.size}", f"epochs={options.epochs}", *best, *mean, *options.settings]

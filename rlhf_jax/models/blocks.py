@@ -37,6 +37,7 @@ ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
+PANEL, FEW = 64, 64  # columns; rows
 REMAT = {  # what the backward pass finds of a block's activations
     "none": None,  # all of them
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -103,6 +104,32 @@ def product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def panels(kernel: Float[Array, "*l i o"]) -> Float[Array, "*l n i w"]:
+    """A matrix as panels of 64 columns, each in one place of memory; zeros behind the last column.
+
+    One core of a CPU multiplies a few rows by them faster than by the matrix, whose rows lie far
+    apart (Goto & van de Geijn 2008, section 5, pack a panel for each product).
+    """
+    *ahead, inside, columns = kernel.shape
+    kernel = jnp.pad(kernel, (*[(0, 0)] * (kernel.ndim - 1), (0, -columns % PANEL)))
+    return jnp.swapaxes(kernel.reshape(*ahead, inside, -1, PANEL), -3, -2)
+
+
+def panel_product(
+    x: Float[Array, "*n i"], panels: Float[Array, "p i w"], columns: int
+) -> Float[Array, "*n o"]:
+    """`x @ kernel`, of which there are `panels` and so many columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = jnp.broadcast_to(rows, (len(panels), *rows.shape))  # or XLA makes a matrix of them again
+    found = jnp.einsum("pri,piw->prw", rows, panels).transpose(1, 0, 2)
+    return found.reshape(*x.shape[:-1], -1)[..., :columns]
+
+
+def few(x: Float[Array, "*n i"]) -> bool:
+    """So few rows that a product is faster by panels."""
+    return math.prod(x.shape[:-1]) <= FEW
+
+
 class _Linear(nn.Module):
     """`x @ kernel`, a bias, a term of low rank."""
 
@@ -116,7 +143,10 @@ class _Linear(nn.Module):
         dtype, stored = self.model.dtype, jnp.dtype(self.model.param_dtype)
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features), stored)
-        found = product(x, kernel.astype(dtype))
+        if few(x) and self.has_variable("params", "panels"):
+            found = panel_product(x, self.get_variable("params", "panels"), self.features)
+        else:
+            found = product(x, kernel.astype(dtype))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), stored)
             found = found + bias.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))

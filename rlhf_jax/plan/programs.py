@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlhf_jax import feed, sharding
 from rlhf_jax.config import Config
+from rlhf_jax.models.weights import flat, merged, nested
 from rlhf_jax.phases import Phases, weights_of
 from rlhf_jax.start import abstract_frozen, abstract_state
 from rlhf_jax.types import TrainState
@@ -65,7 +67,7 @@ def programs(config: Config, phases: Phases, host: Mapping[str, Any]) -> Run:
             own = {name: weights[name] for name in spec.writers}
             for name in phases.copy:
                 found.append(Program(f"copy/{name}", phases.copy[name], (weights[name],)))
-                own[name] = _copied(phases.copy[name], weights[name])
+                own[name] = _copied(phases.copy[name], weights[name], mesh)
             context = ()
             if spec.environment is not None:
                 context = ({name: own[name] for name in spec.environment.context},)
@@ -147,14 +149,16 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _copied(copy: Callable, params: Any) -> Any:
+def _copied(copy: Callable, params: Any, mesh: Mesh) -> Any:
     """A writer's weights as rollouts read them."""
-    places = sharding.for_decoding(jax.tree.map(lambda x: x.sharding, params))
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(copy, params),
-        places,
-    )
+    places = flat(sharding.for_decoding(jax.tree.map(lambda x: x.sharding, params)))
+    made = {
+        name: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=places.get(name, sharding.replicated(mesh))
+        )
+        for name, x in flat(jax.eval_shape(copy, params)).items()
+    }
+    return merged(params, nested(made))
 
 
 def _rows(tree: Any, phases: Phases) -> Any:
