@@ -1,4 +1,4 @@
-"""What rollouts read: weights that only tensor divides, in the dtype of computing; on a CPU panels."""
+"""What rollouts read: weights that only tensor divides, as small as they are used; and panels."""
 
 import re
 from dataclasses import replace

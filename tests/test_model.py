@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import flops
 from rlhf_jax.models import cache as caches
+from rlhf_jax.models import weights
 from rlhf_jax.models.attention import dot_attention, grouped_attention
 from rlhf_jax.models.blocks import taken
 from rlhf_jax.models.transformer import Transformer, index_in_segment
