@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
-PANEL, FEW = 64, 64  # columns; rows
+PANEL, FEW = 64, 64  # columns of a panel; rows that are multiplied by panels, at most
 REMAT = {  # what the backward pass finds of a block's activations
     "none": None,  # all of them
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -108,7 +108,7 @@ def panels(kernel: Float[Array, "*l i o"]) -> Float[Array, "*l n i w"]:
     """A matrix as panels of 64 columns, each in one place of memory; zeros behind the last column.
 
     One core of a CPU multiplies a few rows by them faster than by the matrix, whose rows lie far
-    apart (Goto & van de Geijn 2008, section 5, pack a panel for each product).
+    apart: a library makes panels for each product (Goto & van de Geijn 2008).
     """
     *ahead, inside, columns = kernel.shape
     kernel = jnp.pad(kernel, (*[(0, 0)] * (kernel.ndim - 1), (0, -columns % PANEL)))
@@ -144,7 +144,8 @@ class _Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features), stored)
         if few(x) and self.has_variable("params", "panels"):
-            found = panel_product(x, self.get_variable("params", "panels"), self.features)
+            found = self.get_variable("params", "panels").astype(dtype)
+            found = panel_product(x, found, self.features)
         else:
             found = product(x, kernel.astype(dtype))
         if self.bias:

@@ -214,7 +214,7 @@ class Transformer:
         """Float32 logits of the next token."""
         flat, panels = hidden.reshape(-1, self.width), params.get("head", {}).get("panels")
         if panels is not None and blocks.few(flat):
-            flat = blocks.panel_product(flat, panels, self.vocab)
+            flat = blocks.panel_product(flat, panels.astype(self.dtype), self.vocab)
         else:
             flat = flat @ self._head(params).astype(self.dtype)
         flat = flat.reshape(*hidden.shape[:-1], self.vocab).astype(jnp.float32)
@@ -223,7 +223,7 @@ class Transformer:
     def panels(self, params: Params) -> Params:
         """Copies of matrices, to be merged into the tree: a CPU decodes few rows faster with them.
 
-        Their dtype is the parameters', which must be the model's; see `blocks.panels`.
+        See `blocks.panels`; `weights.merged(params, panels)` says what `params` say.
         """
         kernels = {
             name.removesuffix("kernel") + "panels": blocks.panels(x)
