@@ -222,7 +222,8 @@ def test_sampling_ahead_is_one_step_behind_in_weights_and_resumes_bit_for_bit(tm
         old, new = kept.restore(2, target), kept.restore(3, target)
         prompts = feed.opened(config, spec.prompts)
         fourth = [experience.next_batch(run, spec.prompts, prompts) for _ in range(4)][3]
-        params, key = old.learners["policy"].params, phase_key(config.seed, 3, "rollout")
+        own = {"policy": old.learners["policy"].params}
+        params, key = phases.written_with(own, own)["policy"], phase_key(config.seed, 3, "rollout")
         assert bits(phases.generate(params, fourth, key, spec.sampling)) == bits(new.pending)
 
     for later in ("3", "4"):
