@@ -61,10 +61,8 @@ def refill(settings: list[str]) -> None:
 def spread(settings: list[str]) -> None:
     """Cost of a token of the whole queue, its tail included, when slots run dry."""
     ways = {}
-    for times, given in (
-        (2, [*settings, "windows=1"]),
-        (8, settings),
-    ):  # 2 times the mean: one size
+    for times in (2, 8):
+        given = settings if times == 8 else [*settings, "windows=1"]  # short texts need one size
         prompts, say = sampler(
             given, rows=32 * SLOTS, longest=times * MEAN, mean=untruncated(times * MEAN)
         )

@@ -169,8 +169,8 @@ def copies(config: Config, mesh: Mesh) -> tuple[dict[str, Callable], int]:
     computed in, and only tensor divides them; one CPU finds panels beside them. Who has them so
     already is not copied.
     """
-    spec, found, total = config.rollouts, {}, 0
-    for name in spec.writers if spec is not None else ():
+    found, total = {}, 0
+    for name in config.rollouts.writers if config.rollouts is not None else ():
         model = config.models[name]
         shapes = jax.eval_shape(lambda model=model: model.init(jax.random.key(0)))
         change = partial(weights.in_dtype, dtype=getattr(model, "dtype", "float32"))

@@ -71,18 +71,19 @@ def test_one_cpu_finds_panels_beside_the_weights_and_copies_nothing_else(model, 
 
 
 def test_what_is_written_with_panels_is_what_is_written_without(model):
-    """In the same programs, but for the rounding of a product."""
+    """Few rows read no other matrix: these are nan here."""
     wide = replace(model, width=64, mlp=128)
     made, params = built(wide, (1, 1, 1, 1))
     name = jnp.arange(8)
     prompts = Prompts(jnp.ones((8, 4), jnp.int32), jnp.full(8, 4), name, 0 * name)
     with jax.set_mesh(made.mesh):
         given = prompts, jax.random.key(0), Sampling()
-        found = made.generate(made.written_with(params, ["policy"])["policy"], *given)
+        copy = weights.flat(made.written_with(params, ["policy"])["policy"])
+        own = {n: x * jnp.nan if re.match(r"layers.*/kernel$", n) else x for n, x in copy.items()}
+        found = made.generate(weights.nested(own), *given)
         expected = made.generate(params["policy"], *given)
     assert_array_equal(found.tokens, expected.tokens)
     assert_allclose(found.logp, expected.logp, atol=1e-5)
-    assert not np.array_equal(found.logp, expected.logp)  # so panels were read
 
 
 def test_no_weight_crosses_the_mesh_while_texts_are_written(model):
